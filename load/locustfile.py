@@ -1,0 +1,242 @@
+"""An SSE-aware Locust user: it times every token, because Locust alone stops at the headers."""
+import itertools
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import gevent
+import locust.stats
+from geventhttpclient.response import HTTPParseError
+from locust import FastHttpUser, constant, events, task
+from locust.exception import StopUser
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the `locust` script lacks it
+
+from cbserver.metrics import RequestRecord  # noqa: E402
+from load.server import first_model  # noqa: E402
+from load.workload import LENGTHS, stream  # noqa: E402
+
+PATH = "/v1/completions"
+# Locust rounds to two digits to keep its histogram small; whole milliseconds are small enough here.
+locust.stats.bucket_response_time = round
+locust.stats.PERCENTILES_TO_CHART = [0.5, 0.99]
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser):
+    add = parser.add_argument_group("load").add_argument
+    add("--workload", default="mixed", choices=list(LENGTHS), help="which requests to send")
+    add("--requests", type=int, default=0,
+        help="send this many and quit; 0: go on until Locust is stopped")
+    add("--seed", type=int, default=0, help="of the workload")
+    add("--steady-seconds", type=float, default=0,
+        help="for fast devices: go on this long after the last user was spawned, then quit")
+    add("--min-requests", type=int, default=100, help="with --steady-seconds: at least so many")
+    add("--out", default="", help="write one JSON line a request to this file")
+    add("--model", default="", help="model name to ask for; default: the first the server lists")
+    add("--api-key", default="", env_var="CBSERVER_API_KEY", is_secret=True,
+        help="sent as a bearer token; may come from CBSERVER_API_KEY")
+
+
+@events.init.add_listener
+def wait_for_requests_in_flight(environment, **_):
+    """Without a stop timeout, Locust drops what is in flight, and slow servers look faster."""
+    environment.stop_timeout = environment.stop_timeout or 120
+
+
+@events.test_start.add_listener
+def begin(environment, **_):
+    CompletionUser.load = Load(environment)
+
+
+@events.spawning_complete.add_listener
+def note_all_spawned(user_count, **_):
+    CompletionUser.load.all_spawned = time.perf_counter()
+
+
+@events.test_stop.add_listener
+def finish(environment, **_):
+    CompletionUser.load.close()
+
+
+class Load:
+    """What all users share: one stream of requests, one file of records, and when to stop.
+
+    Times are seconds of `time.perf_counter`.
+    """
+
+    def __init__(self, environment):
+        self.environment, self.options = environment, environment.parsed_options
+        requests = stream(self.options.workload, self.options.seed)
+        self.requests = itertools.islice(requests, self.options.requests or None)
+        host = environment.host or CompletionUser.host
+        key = self.options.api_key
+        self.model = self.options.model or first_model(host, key)
+        self.headers = {"Accept-Encoding": "identity"}  # compression would hold tokens back
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        self.file = open(self.options.out, "w") if self.options.out else None
+        self.in_flight, self.finished = 0, 0
+        self.all_spawned, self.closed, self.ended = None, None, False
+
+    def take(self):
+        """The next request of the one stream; the user that finds none left ends."""
+        request = None if self.closed else next(self.requests, None)
+        if request is None:
+            if self.in_flight == 0:
+                self.end_test()
+            raise StopUser
+        self.in_flight += 1
+        return request
+
+    def save(self, record):
+        """Write a record at once, so that an onlooker can count and a crash loses nothing."""
+        self.finished += 1
+        if self.file:
+            self.file.write(json.dumps(asdict(record)) + "\n")
+            self.file.flush()
+        if self.steady_enough():
+            self.close_window()
+
+    def steady_enough(self):
+        wanted, spawned = self.options.steady_seconds, self.all_spawned
+        return (wanted and spawned and not self.closed
+                and self.finished >= self.options.min_requests
+                and time.perf_counter() - spawned >= wanted)
+
+    def close_window(self):
+        """All users were in flight until now; from here they finish what they have, and end."""
+        self.closed = time.perf_counter()
+        if self.options.out:
+            window = json.dumps({"window": [self.all_spawned, self.closed]})
+            Path(self.options.out).with_suffix(".window.json").write_text(window + "\n")
+
+    def end_test(self):
+        """From a greenlet of its own: the user that calls this is one of those to be stopped."""
+        if not self.ended:
+            self.ended = True
+            runner = self.environment.runner
+            gevent.spawn(runner.stop if self.environment.web_ui else runner.quit)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+class StreamFailed(Exception):
+    """The server answered 200 and then did not keep its word; the message says how."""
+
+
+class CompletionUser(FastHttpUser):
+    """Sends one request after the other. FastHttpUser and not HttpUser: a third of the CPU time an
+    event, and on a small machine client and server share the cores."""
+
+    host = "http://127.0.0.1:8000"
+    wait_time = constant(0)
+    network_timeout = 3600.0  # seconds between two reads; behind a slow server the queue is long
+    connection_timeout = 30.0  # seconds
+    load: Load  # set when a test starts, one for all users
+
+    @task
+    def completion(self):
+        request = self.load.take()
+        record = RequestRecord(start=time.perf_counter(), index=request.index)
+        try:
+            self.send(request, record)
+            self.load.save(record)
+        finally:
+            self.load.in_flight -= 1
+        if record.error:
+            gevent.sleep(0.5)  # a server that refuses is not hammered
+        else:
+            self.add_rows(record)
+
+    def send(self, request, record):
+        """Send one request and fill its record, as a success or a failure in Locust's table too."""
+        body = {"model": self.load.model, "prompt": request.prompt, "temperature": 0,
+                "max_tokens": request.max_tokens, "ignore_eos": True, "stream": True,
+                "stream_options": {"include_usage": True}}
+        with self.client.post(PATH, json=body, headers=self.load.headers, stream=True,
+                              catch_response=True) as response:
+            try:
+                if response.status_code != 200:
+                    raise StreamFailed(refusal(response))
+                read_stream(response.stream, record)
+                response.success()
+            except (StreamFailed, HTTPParseError, OSError) as error:
+                record.error = describe(error, record)
+                response.failure(record.error)
+            # Locust's own stops at the headers, before the first token.
+            end = record.token_times[-1] if not record.error else time.perf_counter()
+            response.request_meta["response_time"] = (end - record.start) * 1e3
+            response.request_meta["response_length"] = len(record.text)
+
+    def add_rows(self, record):
+        """TTFT and TPOT, in ms, as rows of their own: request events would count as requests."""
+        rows = {"TTFT": record.ttft, "TPOT": record.tpot}
+        for name, seconds in rows.items():
+            if seconds is not None:
+                self.environment.stats.get(name, "SSE").log(seconds * 1e3, 0)
+
+
+def read_stream(lines, record):
+    """Read a response to its end (or its connection is lost to the next request), timing tokens.
+
+    `readline` returns as soon as a line is there; `iter_lines` of this client waits for 1,024 bytes.
+    """
+    done = False
+    while line := lines.readline(b"\n"):
+        now = time.perf_counter()
+        if line.startswith(b"data:"):
+            data = line[5:].strip()
+            done = data == b"[DONE]"
+            if not done:
+                read_event(json.loads(data), now, record)
+    if not done:
+        raise StreamFailed("the stream ended without [DONE]")
+    if not record.token_times:
+        raise StreamFailed("the stream brought no token")
+    if not record.completion_tokens:  # no usage from this server: an event is a token
+        record.completion_tokens = len(record.token_times)
+    # Some servers end with an empty event that only tells the finish reason: not a token.
+    del record.token_times[record.completion_tokens:]
+
+
+def read_event(data, now, record):
+    """One event of the stream: an error, a token (its text may be empty), the usage, or both."""
+    if "error" in data:
+        raise StreamFailed(f"error event: {error_message(data)}")
+    for choice in data.get("choices", []):
+        record.token_times.append(now)
+        record.text += choice.get("text") or ""
+    if usage := data.get("usage"):
+        record.prompt_tokens = usage["prompt_tokens"]
+        record.completion_tokens = usage["completion_tokens"]
+
+
+def refusal(response):
+    """Why there was no stream: `HTTP 429: queue full`, or that nobody answered."""
+    if not response.status_code:
+        return f"no answer: {response.error}"
+    text = response.text or ""
+    try:
+        text = error_message(json.loads(text))
+    except ValueError:
+        pass
+    return f"HTTP {response.status_code}: {text[:200]}"
+
+
+def error_message(data):
+    """The message of an OpenAI error object, or of one that is like it."""
+    error = data.get("error", data) if isinstance(data, dict) else data
+    return str(error.get("message", error) if isinstance(error, dict) else error)
+
+
+def describe(error, record):
+    """One sentence for the record; the same for like failures, so that Locust counts them as one."""
+    if isinstance(error, StreamFailed):
+        return str(error)
+    name = "token" if record.token_times else "headers"
+    return f"the connection broke after the {name}: {type(error).__name__}: {error}"

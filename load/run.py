@@ -1,0 +1,216 @@
+"""Send a workload to any OpenAI-compatible server with headless Locust, and summarise every request.
+
+    python -m load.run --host http://127.0.0.1:8000 --users 50 --spawn-rate 5 --out figures/latest
+"""
+import argparse
+import collections
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from cbserver.metrics import RequestRecord, summarize
+from load.server import LoadFailed, check_alive, first_model, python_module, spawn, stop, tail
+from load.workload import LENGTHS
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+
+
+def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, seed=0, model=None,
+             api_key=None, steady_seconds=0, min_requests=100, timeout_s=3600, name="load"):
+    """Send `requests` requests of a workload from `users` users; `spawn_rate` users start a second.
+
+    With steady_seconds, for fast devices: no fixed list; go on until `min_requests` are done and
+    all users have been in flight for that many seconds, and count the tokens of that time only.
+    Returns {"records": list[RequestRecord], "summary": dict, "html": Path, "jsonl": Path};
+    `out`/`name`.jsonl and `out`/`name`.html stay. Raises LoadFailed with one sentence.
+    """
+    host, out = host.rstrip("/"), Path(out)
+    check_alive(host)
+    out.mkdir(parents=True, exist_ok=True)
+    jsonl, html, log = (out / f"{name}{end}" for end in (".jsonl", ".html", "-locust.log"))
+    window_file = jsonl.with_suffix(".window.json")
+    for stale in (jsonl, html, window_file):
+        stale.unlink(missing_ok=True)
+    limit = 0 if steady_seconds else requests
+    command = python_module(
+        "locust", "-f", LOCUSTFILE, "--headless", "--only-summary", "--host", host,
+        "--users", users, "--spawn-rate", spawn_rate, "--stop-timeout", 600, "--html", html,
+        "--workload", workload, "--requests", limit, "--seed", seed, "--out", jsonl,
+        "--steady-seconds", steady_seconds, "--min-requests", min_requests,
+        "--model", model or first_model(host, api_key))
+    # The key goes by environment: a command line is for everyone to read.
+    key = {"CBSERVER_API_KEY": api_key} if api_key else {}
+    process = spawn(command, log, **key)
+    try:
+        cpu = follow(process, jsonl, Progress(name, limit), timeout_s)
+    finally:
+        stop(process)
+    records = read_records(jsonl)
+    if not records or len(records) < limit:
+        raise LoadFailed(f"Locust ended after {len(records)} requests; from {log}:\n{tail(log)}")
+    window = json.loads(window_file.read_text())["window"] if steady_seconds else None
+    return {"records": records, "summary": summary(records, window, cpu), "html": html,
+            "jsonl": jsonl}
+
+
+def summary(records, window, cpu):
+    """`summarize`, and what tells whether to believe it.
+
+    tokens_per_event: above 1, gaps between events are not gaps between tokens. client_cpu: % of
+    one core that Locust used; near 100 the client was the limit. errors: how often each came.
+    """
+    done = [r for r in records if r.error is None]
+    tokens, events = (sum(r.completion_tokens for r in done), sum(len(r.token_times) for r in done))
+    errors = collections.Counter(r.error for r in records if r.error)
+    return summarize(records, window) | {
+        "window_s": window and round(window[1] - window[0], 3),
+        "tokens_per_event": round(tokens / events, 3) if events else None,
+        "client_cpu": cpu_share(cpu, *busy_span(records)), "errors": dict(errors)}
+
+
+def busy_span(records):
+    """(first request sent, last token), seconds on the records' clock."""
+    return (min(r.start for r in records),
+            max((t for r in records for t in r.token_times[-1:]), default=float("inf")))
+
+
+def cpu_share(samples, first, last):
+    """% of one core between two times, out of [(time, CPU seconds so far)]; None if too short."""
+    # perf_counter is one clock for all processes of a machine, so the records' times fit ours.
+    inside = [s for s in samples if first <= s[0] <= last]
+    if len(inside) < 2:
+        return None
+    (t0, cpu0), (t1, cpu1) = inside[0], inside[-1]
+    return round(100 * (cpu1 - cpu0) / (t1 - t0), 1)
+
+
+def follow(process, jsonl, progress, timeout_s):
+    """Count lines until Locust ends; returns its CPU use as [(perf_counter, CPU seconds so far)]."""
+    samples, begin, watched = [], time.perf_counter(), psutil.Process(process.pid)
+    try:
+        while process.poll() is None:
+            progress.show(count_lines(jsonl))
+            now = time.perf_counter()
+            if now - begin > timeout_s:
+                raise LoadFailed(f"The load did not end within {timeout_s:.0f} s.")
+            try:
+                times = watched.cpu_times()
+                samples.append((now, times.user + times.system))
+            except psutil.Error:  # it ended between the poll and here
+                pass
+            time.sleep(0.25)
+        progress.show(count_lines(jsonl))
+    finally:
+        progress.close()
+    return samples
+
+
+def count_lines(path):
+    """Lines so far in a file that somebody else writes; 0 before it is there."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def read_records(path):
+    """list[RequestRecord] out of a JSONL file; a last line cut in the middle is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [RequestRecord(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+class Progress:
+    """How many requests are done: a bar on a terminal, elsewhere a line every 10 s."""
+
+    def __init__(self, label, total):
+        self.label, self.total, self.done = label, total, 0
+        self.begin = self.told = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total or None, desc=label, unit=" requests")
+
+    def show(self, done):
+        if self.bar is not None:
+            self.bar.update(done - self.done)
+        self.done = done
+        if self.bar is None and time.monotonic() - self.told >= 10:
+            self.tell()
+
+    def tell(self):
+        self.told = time.monotonic()
+        of = f" of {self.total}" if self.total else ""
+        print(f"{self.label}: {self.done}{of} requests, {self.told - self.begin:.0f} s", flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self.tell()
+
+
+def add_load_options(parser):
+    """The options that `load.run` and `load.compare` share."""
+    add = parser.add_argument
+    add("--users", type=int, default=50, help="how many send at once (50)")
+    add("--spawn-rate", type=float, default=5, help="users started a second (5)")
+    add("--workload", default="mixed", choices=list(LENGTHS), help="which requests (mixed)")
+    add("--requests", type=int, default=64, help="how many requests, without --steady-seconds (64)")
+    add("--seed", type=int, default=0, help="of the workload (0)")
+    add("--min-requests", type=int, default=100, help="with --steady-seconds: at least (100)")
+    add("--timeout", type=float, default=3600, help="seconds that one run may take (3600)")
+    add("--api-key", default=os.environ.get("CBSERVER_API_KEY"),
+        help="bearer token; may come from CBSERVER_API_KEY")
+
+
+def interrupt_on_termination():
+    """Let SIGTERM unwind like Ctrl-C, so that no process of ours is left behind."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+def exit_with(action):
+    """Run a program: its exit code, with one sentence on stderr where it fails."""
+    interrupt_on_termination()
+    try:
+        action()
+        return 0
+    except LoadFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; every process that was started is stopped", file=sys.stderr)
+        return 130
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m load.run", description=__doc__.split("\n")[0])
+    parser.add_argument("--host", default="http://127.0.0.1:8000", help="URL of the server")
+    parser.add_argument("--out", default="figures/latest", help="folder for JSONL and HTML")
+    parser.add_argument("--model", help="model name to ask for; default: the first listed")
+    parser.add_argument("--steady-seconds", type=float, default=0,
+                        help="for fast devices: no fixed list, but so long with all users in flight")
+    add_load_options(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    options = vars(parse(arguments))
+    options["timeout_s"] = options.pop("timeout")
+
+    def run():
+        result = run_load(**options)
+        print(json.dumps(result["summary"], indent=2))
+        print(f"every request: {result['jsonl']}\nLocust's report: {result['html']}")
+
+    return exit_with(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Ask a server whether it is there and which model it has; start one for a test, and stop it."""
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class LoadFailed(RuntimeError):
+    """The load test cannot go on; the message is one sentence that says why and what to do."""
+
+
+def http(url, body=None, api_key=None, timeout=10):
+    """GET, or POST `body` as JSON: (status, text). timeout: seconds. Raises OSError: no server."""
+    headers = {"Content-Type": "application/json"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        request = urllib.request.Request(url, data=data, headers=headers)
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def check_alive(host):
+    """Any HTTP answer will do: a lesson's small app has no /health. Raises LoadFailed if none."""
+    try:
+        http(f"{host}/health")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise LoadFailed(f"No server answers at {host} ({reason}); start one with "
+                         "`python -m cbserver`, or name another with --host.")
+
+
+def first_model(host, api_key=None):
+    """The name of the model that the server lists first; "default" where it lists none."""
+    try:
+        status, text = http(f"{host}/v1/models", api_key=api_key)
+        return json.loads(text)["data"][0]["id"] if status == 200 else "default"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "default"
+
+
+def warm_up(host, model, api_key=None, timeout=300):
+    """One short request whose time nobody counts. timeout: seconds."""
+    body = {"model": model, "prompt": "Hello, how are you?", "max_tokens": 8, "temperature": 0,
+            "ignore_eos": True, "stream": True}
+    status, text = http(f"{host}/v1/completions", body, api_key, timeout)
+    if status != 200:
+        raise LoadFailed(f"The warm-up request got HTTP {status}: {text[:200]}")
+
+
+def free_port():
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def spawn(command, log, **env):
+    """Start `command` in the background with all its output in the file `log`.
+
+    In a session of its own: Ctrl-C reaches only us, and we stop our children in order.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | env,
+            start_new_session=True)
+
+
+def stop(process, grace=20):
+    """End one process that we started: ask, wait at most `grace` seconds, then kill."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+def tail(log, lines=12):
+    """The last lines of a log file, indented."""
+    text = Path(log).read_text(errors="replace").strip().splitlines()
+    return "\n".join(f"    {line}" for line in text[-lines:])
+
+
+class ServerProcess:
+    """A server in a subprocess, for the length of a `with`: alive inside, gone after.
+
+    command: what to run; `--host` and `--port` are added. log: a file for its output.
+    timeout: seconds until /health must answer 200. say: called with a line while we wait.
+    """
+
+    def __init__(self, command, log, timeout=600, say=print):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.command = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
+        self.log, self.timeout, self.say = log, timeout, say
+
+    def __enter__(self):
+        self.process = spawn(self.command, self.log)
+        try:
+            self.wait_until_healthy()
+        except BaseException:
+            stop(self.process)
+            raise
+        return self
+
+    def __exit__(self, *error):
+        stop(self.process)
+
+    def wait_until_healthy(self):
+        """Poll /health until it answers 200; a line every 10 s; LoadFailed when it never does."""
+        begin = told = time.monotonic()
+        while not self.healthy():
+            now = time.monotonic()
+            if self.process.poll() is not None:
+                self.fail(f"exited with code {self.process.returncode} before it was ready")
+            if now - begin > self.timeout:
+                self.fail(f"was not ready within {self.timeout:.0f} s")
+            if now - told >= 10:
+                self.say(f"loading the model, {now - begin:.0f} s")
+                told = now
+            time.sleep(0.2)
+
+    def healthy(self):
+        try:
+            return http(f"{self.url}/health", timeout=5)[0] == 200
+        except OSError:
+            return False
+
+    def fail(self, what):
+        raise LoadFailed(f"The server {what}; its last words, from {self.log}:\n{tail(self.log)}")
+
+
+def python_module(name, *arguments):
+    """The command that runs a module with this Python: list[str]."""
+    return [sys.executable, "-m", name, *map(str, arguments)]

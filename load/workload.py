@@ -1,0 +1,85 @@
+"""The requests that every arm gets: seeded, mixed in length, and in the same order each time."""
+import random
+from dataclasses import dataclass
+from itertools import count, islice
+
+# Sixteen output lengths in tokens. Half are short and a quarter long: a batch that waits for its
+# longest member wastes most of its slots on such a mix, one that admits on every step does not.
+MIXED = [8, 10, 12, 14, 16, 18, 20, 24, 36, 44, 52, 64, 104, 112, 120, 128]
+LENGTHS = {"mixed": MIXED, "short": [16]}
+
+ASKS = [
+    "Explain {topic} to {reader}.", "Write a short note about {topic} for {reader}.",
+    "What should {reader} know about {topic}?", "Compare {topic} with {other} for {reader}.",
+    "Give {reader} three tips on {topic}.", "Tell {reader} a short story about {topic}.",
+    "Help me plan a lesson about {topic} for {reader}.", "Why does {topic} matter to {reader}?",
+    "Draft an e-mail that invites {reader} to a talk on {topic}.",
+]
+TOPICS = [
+    "the water cycle", "baking bread at home", "how vaccines work", "the history of the bicycle",
+    "growing tomatoes on a balcony", "the night sky in winter", "learning to play the guitar",
+    "saving money every month", "how bridges carry weight", "why the sea is salty",
+    "training for a first long run", "the life of honey bees", "repairing an old chair",
+    "how computers store numbers", "travelling by train through mountains", "keeping a diary",
+    "the rules of chess", "how volcanoes erupt", "cooking soup for twelve people",
+    "writing clear instructions", "sleeping better", "the invention of paper", "bird migration",
+    "choosing a second-hand camera",
+]
+READERS = [
+    "a curious ten year old", "my grandmother", "a new colleague", "a busy parent",
+    "a class of beginners", "a friend who hates jargon", "someone who has never tried it",
+    "the readers of a village newspaper", "a sceptical engineer", "a group of volunteers",
+]
+DETAILS = [
+    "I have about {n} minutes, so start with what matters most.",
+    "Please keep it friendly and use one example from everyday life.",
+    "There will be {n} people in the room and most of them are tired.",
+    "Avoid technical words, or say what they mean when you need them.",
+    "We tried this {n} years ago and it did not go well, so be honest about what can go wrong.",
+    "End with one question that makes people think.",
+    "It will be read aloud, so short sentences are better than long ones.",
+    "The last version had {n} pages and nobody finished it.",
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of a workload: which one, what it asks, how many tokens it wants back."""
+
+    index: int
+    prompt: str
+    max_tokens: int
+
+
+def workload(name="mixed", requests=64, seed=0):
+    """The first `requests` requests of the stream: list[Request]."""
+    return list(islice(stream(name, seed), requests))
+
+
+def stream(name="mixed", seed=0):
+    """Requests without end; request i depends on (name, seed, i) alone."""
+    if name not in LENGTHS:
+        raise ValueError(f"No workload {name!r}; there are {', '.join(LENGTHS)}.")
+    return (Request(i, prompt(seed, i), output_length(name, seed, i)) for i in count())
+
+
+def output_length(name, seed, index):
+    """Output length of request `index`, in tokens.
+
+    Every block of requests has the same lengths in an order of its own, so that the sum hardly
+    depends on the seed.
+    """
+    block, place = divmod(index, len(LENGTHS[name]))
+    lengths = list(LENGTHS[name])
+    random.Random(f"lengths {name} {seed} {block}").shuffle(lengths)
+    return lengths[place]
+
+
+def prompt(seed, index):
+    """A question with none, one or two sentences of detail: 16 to 64 tokens of plain English."""
+    rng = random.Random(f"prompt {seed} {index}")
+    topic, other = rng.sample(TOPICS, 2)
+    ask = rng.choice(ASKS).format(topic=topic, other=other, reader=rng.choice(READERS))
+    # The opening numbers the request: no two prompts are equal, however long the stream.
+    sentences = [f"Question {index + 1}, hello!", ask, *rng.sample(DETAILS, rng.randrange(3))]
+    return " ".join(sentences).format(n=rng.randrange(3, 60))
