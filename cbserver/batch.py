@@ -15,28 +15,30 @@ from .sequence import Engine, Status
 class SlotCache:
     """Keys and values of all slots, allocated once: [layers, slots, kv_heads, max_len, head_dim].
 
-    A transformers cache: `select` says where the next forward pass writes, each layer then calls `update`.
+    A cache as transformers wants it: `select` says where the next pass writes, then each layer
+    calls `update`.
     """
 
     def __init__(self, model, slots, max_len):
         c = model.config
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        shape = (c.num_hidden_layers, slots, c.num_key_value_heads, max_len, head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in "kv")
+        shape = (2, c.num_hidden_layers, slots, c.num_key_value_heads, max_len, head_dim)
+        self.keys, self.values = torch.zeros(shape, dtype=model.dtype, device=model.device)
 
     def select(self, slots, positions):
-        "The next pass writes positions: [rows, new] of these slots. Returns its mask: [rows, 1, new, span]."
-        self.slots, self.positions = torch.tensor(slots, device=positions.device)[:, None], positions
-        self.span = int(positions.max()) + 1
+        "Where the next pass writes: positions [rows, new]. Returns its mask [rows, 1, new, span]."
+        self.slots = torch.tensor(slots, device=positions.device)[:, None]  # [rows, 1]
+        self.positions, self.span = positions, int(positions.max()) + 1
         # Slots 0, 1, … n-1 are a slice, which copies nothing; others are gathered.
         self.rows = slice(len(slots)) if slots == [*range(len(slots))] else slots
         return torch.arange(self.span, device=positions.device) <= positions[:, None, :, None]
 
     def update(self, keys, values, layer, *args, **kwargs):
-        "Store new keys and values: [rows, kv_heads, new, head_dim]; return each row's first `span` ones."
-        self.keys[layer][self.slots, :, self.positions] = keys.transpose(1, 2)
-        self.values[layer][self.slots, :, self.positions] = values.transpose(1, 2)
-        return self.keys[layer][self.rows, :, :self.span], self.values[layer][self.rows, :, :self.span]
+        "Store new keys, values: [rows, kv_heads, new, head_dim]; return each row's first `span`."
+        k, v = self.keys[layer], self.values[layer]  # [slots, kv_heads, max_len, head_dim]
+        k[self.slots, :, self.positions] = keys.transpose(1, 2)
+        v[self.slots, :, self.positions] = values.transpose(1, 2)
+        return k[self.rows, :, :self.span], v[self.rows, :, :self.span]
 
 # %% ../notebooks/03_padded_batch_step.ipynb #c20
 class BatchRunner:
@@ -50,18 +52,18 @@ class BatchRunner:
         return self.forward(sequences, [s.prompt_tokens for s in sequences])
 
     def decode(self, sequences):
-        "Returns the next token of each running sequence. Cheapest when given in the order of their slots."
+        "Returns the next token of each running sequence; cheapest in the order of their slots."
         return self.forward(sequences, [s.generated_tokens[-1:] for s in sequences])
 
     @torch.inference_mode()
     def forward(self, sequences, new):
-        "new: for each sequence the tokens that its slot does not hold yet. Returns one token id for each."
+        "new: for each sequence the tokens that its slot lacks. Returns one token id for each."
         device, width = self.model.device, max(map(len, new))
-        tokens = torch.tensor([n + [0] * (width - len(n)) for n in new], device=device)  # [rows, width]
         start = torch.tensor([[s.position] for s in sequences], device=device)  # [rows, 1]
+        tokens = torch.tensor([n + [0] * (width - len(n)) for n in new], device=device)
         positions = start + torch.arange(width, device=device)  # [rows, width]
         mask = self.cache.select([s.slot for s in sequences], positions)
-        hidden = self.model.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask,
+        hidden = self.model.base_model(tokens, attention_mask=mask, position_ids=positions,
                                        past_key_values=self.cache)[0]  # [rows, width, hidden]
         last = hidden[torch.arange(len(new)), [len(n) - 1 for n in new]]  # [rows, hidden]
         logits = self.model.get_output_embeddings()(last)  # [rows, vocabulary]
@@ -71,7 +73,7 @@ class BatchRunner:
 
 # %% ../notebooks/03_padded_batch_step.ipynb #c28
 class StaticEngine(Engine):
-    "Static batching: take up to max_batch sequences, run them until the longest is done, take the next."
+    "Static batching: fill the slots, run until the longest sequence is done, fill them again."
 
     def __init__(self, model, tokenizer, max_batch=16, max_len=None, max_waiting=256):
         super().__init__(model, tokenizer, max_batch, max_len, max_waiting)

@@ -64,13 +64,16 @@ def spread_ms(seconds):
 def summarize(records, window=None):
     """Throughput and latencies of many requests, as a dict ready for JSON.
 
-    window: (start, end) in seconds on the records' clock. Without it throughput is all completion tokens over
-    the time from the first request sent to the last token; with it only tokens that arrived inside count.
+    window: (start, end) in seconds on the records' clock. Without it throughput is all completion
+    tokens over the time from the first request sent to the last token; with it only tokens that
+    arrived inside count.
     """
     done = [r for r in records if r.error is None and r.token_times]
     if not done:
-        nothing = dict.fromkeys(("requests", "wall_s", "completion_tokens", "tokens_per_s", "requests_per_s"), 0)
-        return nothing | {"failures": len(records)} | {f"{name}_ms": spread_ms([]) for name in LATENCIES}
+        nothing = dict.fromkeys(("requests", "wall_s", "completion_tokens", "tokens_per_s",
+                                 "requests_per_s"), 0)
+        return nothing | {"failures": len(records),
+                          **{f"{name}_ms": spread_ms([]) for name in LATENCIES}}
     first, last = window or (min(r.start for r in done), max(r.token_times[-1] for r in done))
     tokens = sum(r.completion_tokens for r in done)
     if window:
@@ -78,7 +81,8 @@ def summarize(records, window=None):
     finished = sum(first <= r.token_times[-1] <= last for r in done)
     latencies = {"ttft": [r.ttft for r in done], "itl": [gap for r in done for gap in r.itl],
                  "tpot": [r.tpot for r in done if r.tpot is not None], "e2e": [r.e2e for r in done]}
-    return {"requests": len(done), "failures": len(records) - len(done), "wall_s": round(last - first, 3),
+    return {"requests": len(done), "failures": len(records) - len(done),
+            "wall_s": round(last - first, 3),
             "completion_tokens": tokens, "tokens_per_s": round(tokens / (last - first), 2),
             "requests_per_s": round(finished / (last - first), 3),
             **{f"{name}_ms": spread_ms(latencies[name]) for name in LATENCIES}}

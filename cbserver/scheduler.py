@@ -6,19 +6,13 @@
 __all__ = ['ContinuousEngine']
 
 # %% ../notebooks/04_continuous_batching.ipynb #c03
-from .batch import BatchRunner
-from .sequence import Engine, Status
+from .batch import StaticEngine
+from .sequence import Status
 
 # %% ../notebooks/04_continuous_batching.ipynb #c13
-class ContinuousEngine(Engine):
-    """Continuous batching: the batch changes on every step.
-
-    prefill_budget: prompt tokens after which a turn admits nobody more, so that running streams go on.
-    """
-
-    def __init__(self, model, tokenizer, max_batch=16, max_len=None, max_waiting=256, prefill_budget=1024):
-        super().__init__(model, tokenizer, max_batch, max_len, max_waiting)
-        self.runner, self.prefill_budget = BatchRunner(model, max_batch, self.max_len), prefill_budget
+class ContinuousEngine(StaticEngine):
+    "Continuous batching: StaticEngine's slots and passes, but the batch changes on every step."
+    prefill_budget = 1024  # prompt tokens after which a turn admits no more: running streams go on
 
     def step(self):
         self.evict()

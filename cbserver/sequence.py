@@ -32,7 +32,7 @@ class EngineStopped(RuntimeError):
 # %% ../notebooks/02_sequence_queue.ipynb #c09
 @dataclass(eq=False)  # two requests with the same prompt are still two requests
 class Sequence:
-    "One request on its way: WAITING -> RUNNING -> FINISHED. Times are `time.perf_counter()` seconds."
+    "One request: WAITING -> RUNNING -> FINISHED. Times are seconds of `time.perf_counter()`."
     prompt_tokens: list[int]
     params: SamplingParams = SamplingParams()
     generated_tokens: list[int] = field(default_factory=list)
@@ -49,15 +49,15 @@ class Sequence:
         while (token := await self.out.get()) is not None:
             yield token
         if self.finish_reason == "error":
-            raise EngineStopped("the engine failed while it served this request; see the server's log")
+            raise EngineStopped("the engine failed during this request; see the server's log")
 
-    def append(self, token, eos_tokens):
-        "Record a new token; returns what its stream must be sent (nothing if it finished meanwhile)."
+    def append(self, token, eos):
+        "Record a new token; returns what its stream is sent (nothing if it has finished)."
         if self.status is not Status.RUNNING:
             return []
         self.generated_tokens.append(token)
         self.token_times.append(time.perf_counter())
-        stop = token in eos_tokens and not self.params.ignore_eos
+        stop = token in eos and not self.params.ignore_eos
         if stop or len(self.generated_tokens) == self.params.max_tokens:
             return [token, self.finish("stop" if stop else "length")]
         return [token]
@@ -67,11 +67,12 @@ class Sequence:
         self.status, self.finish_reason = Status.FINISHED, reason
 
 # %% ../notebooks/02_sequence_queue.ipynb #c13
-EngineStats = namedtuple("EngineStats", "running waiting slots steps prompt_tokens generated_tokens")
+EngineStats = namedtuple(
+    "EngineStats", "running waiting slots steps prompt_tokens generated_tokens")
 
 
 class Engine:
-    """The base of all engines: a waiting queue, a thread that steps, one queue of tokens a request.
+    """The base of all engines: a waiting queue, a thread that steps, a queue of tokens a request.
 
     A subclass brings `step()`: one turn with the model, called while a sequence waits or runs.
 
@@ -84,19 +85,19 @@ class Engine:
         self.max_waiting = max_waiting
         self.max_len = min(max_len or 2048, model.config.max_position_embeddings)
         eos = model.generation_config.eos_token_id  # an int, a list of them, or None
-        self.eos_tokens = set(eos if isinstance(eos, list) else [eos])
+        self.eos = set(eos if isinstance(eos, list) else [eos])
         self.waiting, self.running = deque(), []
         self.steps = self.prompt_tokens = self.generated_tokens = 0
         self.lock, self.stopping = threading.Condition(), True
 
     def submit(self, prompt_tokens, params=SamplingParams()):
-        "Queue a request; returns its Sequence. Raises PromptTooLong, ValueError, QueueFull, EngineStopped."
-        length, vocabulary = len(prompt_tokens), self.model.config.vocab_size
-        if min(length, params.max_tokens) < 1 or not all(0 <= t < vocabulary for t in prompt_tokens):
-            raise ValueError(f"give 1 token or more, ids under {vocabulary}, and max_tokens of 1 or more")
+        "Queue a request; raises PromptTooLong, ValueError, QueueFull or EngineStopped."
+        length, vocab = len(prompt_tokens), self.model.config.vocab_size
+        if min(length, params.max_tokens) < 1 or not all(0 <= t < vocab for t in prompt_tokens):
+            raise ValueError(f"send 1 token or more, ids under {vocab}, and max_tokens >= 1")
         if length + params.max_tokens > self.max_len:
-            raise PromptTooLong(f"{length} prompt tokens + max_tokens {params.max_tokens} exceed the "
-                                f"limit of {self.max_len} tokens; shorten one of them")
+            raise PromptTooLong(f"{length} prompt tokens + max_tokens {params.max_tokens} exceed "
+                                f"the limit of {self.max_len} tokens; shorten one of them")
         with self.lock:
             if self.stopping:
                 raise EngineStopped("the engine is not running")
@@ -135,7 +136,7 @@ class Engine:
                            self.prompt_tokens, self.generated_tokens)
 
     def run(self):
-        "The engine's thread: step while there is work. If a step raises, every request ends in an error."
+        "The engine's thread: step while there is work. If a step raises, all requests end."
         try:
             while self.wait_for_work():
                 self.step()
@@ -163,7 +164,7 @@ class Engine:
     def deliver(self, sequences, tokens):
         "Give each sequence its new token."
         with self.lock:
-            self.emit([(s, i) for s, t in zip(sequences, tokens) for i in s.append(t, self.eos_tokens)])
+            self.emit([(s, i) for s, t in zip(sequences, tokens) for i in s.append(t, self.eos)])
 
     def emit(self, events):
         "Put tokens and end marks on their sequences' queues, in one hop to the event loop."

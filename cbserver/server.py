@@ -39,11 +39,11 @@ from .sequence import EngineStopped, QueueFull, SequentialEngine, Status
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c07
 class Detokenizer:
-    "Turns one sequence's tokens into text, piece by piece: whole characters only, and no stop string."
+    "Turns a sequence's tokens into text, piece by piece: whole characters only, no stop string."
 
     def __init__(self, tokenizer, stop=()):
         self.tokenizer, self.stop = tokenizer, stop
-        self.tokens, self.seen, self.read = [], 0, 0  # tokens[:read] are out; decode from tokens[seen]
+        self.tokens, self.seen, self.read = [], 0, 0  # tokens[:read] are out; decode [seen:]
         self.held, self.stopped = "", False
 
     def push(self, token):
@@ -80,9 +80,9 @@ class Detokenizer:
         return text[:cut]
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c10
-UNSUPPORTED = {"n": 1, "best_of": 1, "echo": False, "logprobs": False, "top_logprobs": 0, "suffix": "",
-               "tools": [], "functions": [], "presence_penalty": 0, "frequency_penalty": 0,
-               "logit_bias": {}, "response_format": {"type": "text"}}
+UNSUPPORTED = {"n": 1, "best_of": 1, "echo": False, "logprobs": False, "top_logprobs": 0,
+               "suffix": "", "tools": [], "functions": [], "presence_penalty": 0,
+               "frequency_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}}
 
 
 class StreamOptions(BaseModel):
@@ -119,7 +119,8 @@ class Message(BaseModel):
 
 class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
+    max_completion_tokens: int | None = Field(None, ge=1,
+                                              description="the newer name of max_tokens")
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c12
 class APIError(Exception):
@@ -157,14 +158,16 @@ async def authorize(request: Request):
     "Constant-time comparison of the bearer token, when the server has a key."
     key, given = request.app.state.api_key, request.headers.get("authorization", "")
     if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-        raise APIError(401, "missing or wrong API key; send 'Authorization: Bearer KEY'", code="invalid_api_key")
+        raise APIError(401, "missing or wrong API key; send 'Authorization: Bearer KEY'",
+                       code="invalid_api_key")
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c14
 def tokenize(tokenizer, text, **options):
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise APIError(400, "the prompt has half of a surrogate pair in it, which is no character", "prompt")
+        raise APIError(400, "the prompt has half of a surrogate pair in it, which is no character",
+                       "prompt")
     return tokenizer(text, **options)["input_ids"]
 
 
@@ -180,7 +183,9 @@ def prompt_tokens(tokenizer, prompt):
 def chat_tokens(tokenizer, messages):
     "Token ids of a conversation, by the tokenizer's own chat template."
     def text(content):
-        return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in content)
+        if isinstance(content, str):
+            return content
+        return "".join(str(part.get("text", "")) for part in content)
 
     if not tokenizer.chat_template:
         raise APIError(400, "this model has no chat template; use /v1/completions", "messages")
@@ -223,7 +228,8 @@ class Reply:
         return {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
 
     def whole(self, text, reason, count):
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        message = {"message": {"role": "assistant", "content": text}}
+        content = message if self.chat else {"text": text}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
         return {**self.base, "object": self.kind, "choices": [choice], "usage": self.usage(count)}
 
@@ -240,8 +246,10 @@ class Reply:
 
     async def stream(self, include_usage):
         "Server-sent events: a chunk a token, the usage if asked for, [DONE]."
+        count = 0
         try:
-            async for text, reason, count in pieces(self.request.app.state.engine, self.sequence):
+            async for text, reason, so_far in pieces(self.request.app.state.engine, self.sequence):
+                count = so_far
                 yield self.piece(text, reason)
             if include_usage:
                 yield self.chunk([], usage=self.usage(count))
@@ -273,7 +281,8 @@ async def respond(request, body, tokens, default_max_tokens, chat):
     finally:
         watcher.cancel()
     if not parts:  # aborted before its first token
-        raise APIError(503, "the request was cancelled before it began; try again", code="cancelled")
+        raise APIError(503, "the request was cancelled before it began; try again",
+                       code="cancelled")
     return reply.whole("".join(text for text, _, _ in parts), parts[-1][1] or "abort", parts[-1][2])
 
 
@@ -307,8 +316,9 @@ async def chat_completions(request: Request, body: ChatRequest):
 async def models(request: Request):
     "The one model that is served."
     state = request.app.state
-    return {"object": "list", "data": [{"id": state.model_name, "object": "model", "created": state.created,
-                                        "owned_by": "cbserver", "root": state.model_name}]}
+    return {"object": "list", "data": [{"id": state.model_name, "object": "model",
+                                        "created": state.created, "owned_by": "cbserver",
+                                        "root": state.model_name}]}
 
 
 @router.get("/health")
@@ -334,7 +344,8 @@ class EngineCollector:
     def collect(self):
         stats = self.engine.stats()
         for name in ("running", "waiting"):
-            yield GaugeMetricFamily(f"num_requests_{name}", f"requests {name}", getattr(stats, name))
+            yield GaugeMetricFamily(f"num_requests_{name}", f"requests {name}",
+                                    getattr(stats, name))
         yield GaugeMetricFamily("num_slots", "sequences served at once", stats.slots)
         yield CounterMetricFamily("engine_steps", "steps of the engine", stats.steps)
         yield CounterMetricFamily("prompt_tokens", "prompt tokens admitted", stats.prompt_tokens)
@@ -366,14 +377,17 @@ async def api_error(request, error):
 
 
 async def validation_error(request, error):
-    "FastAPI's own refusals, as 400 and in the same shape."
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    return await api_error(request, APIError(400, f"{param or 'body'}: {first['msg']}", param))
+    "FastAPI's own refusals, as a 400 in the same shape; a field of several types has several."
+    errors = error.errors()
+    param = str(errors[0]["loc"][1]) if len(errors[0]["loc"]) > 1 else None
+    reasons = [e["msg"] for e in errors if param is None or param in map(str, e["loc"])]
+    message = f"{param or 'body'}: {', or: '.join(dict.fromkeys(reasons))}"
+    return await api_error(request, APIError(400, message, param))
 
 
 async def http_error(request, error):
-    return await api_error(request, APIError(error.status_code, str(error.detail), headers=error.headers))
+    return await api_error(request, APIError(error.status_code, str(error.detail),
+                                             headers=error.headers))
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c26
 def ngrok_token():
@@ -390,7 +404,8 @@ def ngrok_token():
 def open_tunnel(port, token):
     "The public URL of a tunnel to a local port, or None with one sentence that says why."
     if not token:
-        print("No ngrok token, so no tunnel: set NGROK_AUTHTOKEN (free at ngrok.com) to get a public URL.")
+        print("No ngrok token, so no tunnel: set NGROK_AUTHTOKEN (free at ngrok.com) "
+              "to get a public URL.")
         return None
     from pyngrok import conf, ngrok
     from pyngrok.exception import PyngrokError
@@ -398,7 +413,8 @@ def open_tunnel(port, token):
         return ngrok.connect(port, pyngrok_config=conf.PyngrokConfig(auth_token=token)).public_url
     except PyngrokError as error:
         reason = getattr(error, "ngrok_error_code", None) or str(error).splitlines()[0]
-        print(f"No tunnel ({reason}): check the token and the network; the server stays on localhost.")
+        print(f"No tunnel ({reason}): check the token and the network; "
+              "the server stays on localhost.")
         return None
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c28
@@ -406,16 +422,21 @@ ENGINES = {"continuous": ContinuousEngine, "static": StaticEngine, "sequential":
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser("cbserver", description="Serve a language model to many people at once.")
+    parser = argparse.ArgumentParser(
+        "cbserver", description="Serve a language model to many people at once.")
     add = parser.add_argument
-    add("--engine", choices=ENGINES, default="continuous", help="who schedules (default: continuous)")
+    add("--engine", choices=ENGINES, default="continuous",
+        help="who schedules (default: continuous)")
     add("--model", help="Hub id, local folder, smollm2, random:tiny or random:llama-3.2-1b")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     add("--max-batch", type=int, default=16, help="sequences served at once (default: 16)")
-    add("--max-len", type=int, default=2048, help="prompt and generated tokens of one sequence (default: 2048)")
-    add("--max-waiting", type=int, default=256, help="requests that may wait before 429 (default: 256)")
-    add("--api-key", default=os.environ.get("CBSERVER_API_KEY"), help="required of clients (or CBSERVER_API_KEY)")
+    add("--max-len", type=int, default=2048,
+        help="prompt and generated tokens of one sequence (default: 2048)")
+    add("--max-waiting", type=int, default=256,
+        help="requests that may wait before 429 (default: 256)")
+    add("--api-key", default=os.environ.get("CBSERVER_API_KEY"),
+        help="required of clients (or CBSERVER_API_KEY)")
     add("--tunnel", action="store_true", help="open an ngrok tunnel; a key is then always required")
     args = parser.parse_args(argv)
     for name in ("max_batch", "max_len", "max_waiting"):
@@ -444,7 +465,8 @@ def check_port(host, port):
         try:
             probe.bind((host, port))
         except OSError as error:
-            sys.exit(f"Cannot listen on {host}:{port} ({error.strerror}); choose another port with --port.")
+            sys.exit(f"Cannot listen on {host}:{port} ({error.strerror}); "
+                     "choose another port with --port.")
 
 
 def main(argv=None):

@@ -26,7 +26,7 @@ locust.stats.PERCENTILES_TO_CHART = [0.5, 0.99]
 
 @events.init_command_line_parser.add_listener
 def add_options(parser):
-    add = parser.add_argument_group("load").add_argument
+    add = parser.add_argument
     add("--workload", default="mixed", choices=list(LENGTHS), help="which requests to send")
     add("--requests", type=int, default=0,
         help="send this many and quit; 0: go on until Locust is stopped")
@@ -184,7 +184,7 @@ class CompletionUser(FastHttpUser):
 def read_stream(lines, record):
     """Read a response to its end (or its connection is lost to the next request), timing tokens.
 
-    `readline` returns as soon as a line is there; `iter_lines` of this client waits for 1,024 bytes.
+    `readline` returns as soon as a line is there; this client's `iter_lines` waits for 1,024 bytes.
     """
     done = False
     while line := lines.readline(b"\n"):
@@ -235,7 +235,7 @@ def error_message(data):
 
 
 def describe(error, record):
-    """One sentence for the record; the same for like failures, so that Locust counts them as one."""
+    """One sentence; the same for like failures, so that Locust counts them as one."""
     if isinstance(error, StreamFailed):
         return str(error)
     name = "token" if record.token_times else "headers"

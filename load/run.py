@@ -1,4 +1,4 @@
-"""Send a workload to any OpenAI-compatible server with headless Locust, and summarise every request.
+"""Send a workload to any OpenAI-compatible server with headless Locust, and sum it up.
 
     python -m load.run --host http://127.0.0.1:8000 --users 50 --spawn-rate 5 --out figures/latest
 """
@@ -90,7 +90,7 @@ def cpu_share(samples, first, last):
 
 
 def follow(process, jsonl, progress, timeout_s):
-    """Count lines until Locust ends; returns its CPU use as [(perf_counter, CPU seconds so far)]."""
+    """Count lines until Locust ends; returns its [(perf_counter, CPU seconds so far)]."""
     samples, begin, watched = [], time.perf_counter(), psutil.Process(process.pid)
     try:
         while process.poll() is None:
@@ -195,7 +195,7 @@ def parse(arguments):
     parser.add_argument("--out", default="figures/latest", help="folder for JSONL and HTML")
     parser.add_argument("--model", help="model name to ask for; default: the first listed")
     parser.add_argument("--steady-seconds", type=float, default=0,
-                        help="for fast devices: no fixed list, but so long with all users in flight")
+                        help="for fast devices: no list, but so long with all users in flight")
     add_load_options(parser)
     return parser.parse_args(arguments)
 

@@ -31,13 +31,13 @@ READERS = [
     "the readers of a village newspaper", "a sceptical engineer", "a group of volunteers",
 ]
 DETAILS = [
-    "I have about {n} minutes, so start with what matters most.",
+    "I have {n} minutes, so start with what matters.",
     "Please keep it friendly and use one example from everyday life.",
-    "There will be {n} people in the room and most of them are tired.",
-    "Avoid technical words, or say what they mean when you need them.",
-    "We tried this {n} years ago and it did not go well, so be honest about what can go wrong.",
+    "There will be {n} people in the room, and most are tired.",
+    "Avoid technical words, or say what they mean.",
+    "We tried this {n} years ago and it went badly, so be honest.",
     "End with one question that makes people think.",
-    "It will be read aloud, so short sentences are better than long ones.",
+    "It will be read aloud, so keep sentences short.",
     "The last version had {n} pages and nobody finished it.",
 ]
 
@@ -81,5 +81,6 @@ def prompt(seed, index):
     topic, other = rng.sample(TOPICS, 2)
     ask = rng.choice(ASKS).format(topic=topic, other=other, reader=rng.choice(READERS))
     # The opening numbers the request: no two prompts are equal, however long the stream.
-    sentences = [f"Question {index + 1}, hello!", ask, *rng.sample(DETAILS, rng.randrange(3))]
-    return " ".join(sentences).format(n=rng.randrange(3, 60))
+    opening = f"Hello, here is question {index + 1}."
+    details = rng.sample(DETAILS, rng.randrange(3))
+    return " ".join([opening, ask, *details]).format(n=rng.randrange(3, 60))

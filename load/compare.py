@@ -1,0 +1,311 @@
+"""Serve the same model with one engine after the other, load each the same way, and report.
+
+    python -m load.compare --arms sequential,static,continuous --out figures/latest
+"""
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from load import report
+from load.run import add_load_options, busy_span, exit_with, run_load
+from load.server import LoadFailed, ServerProcess, first_model, python_module, warm_up
+
+ARMS = {
+    "sequential": ["--engine", "sequential"],
+    "static": ["--engine", "static"],
+    "continuous": ["--engine", "continuous"],
+    # Batching taken away and nothing else: the rest of a ratio to `sequential` is faster kernels.
+    "one-slot": ["--engine", "continuous", "--max-batch", "1"],
+}
+POINTS = 120  # of a utilisation curve on disk
+
+
+def compare(options):
+    """Run every arm `options.repeats` times; the result as a dict, on disk after each run."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "compare.json"
+    result = describe(options) | {"arms": {}}
+    runs, texts = {arm: [] for arm in options.arms}, {}
+    plan = order(options.arms, options.repeats)
+    begin = time.monotonic()
+    for number, (repeat, arm) in enumerate(plan, 1):
+        def say(line, label=f"[{number}/{len(plan)}] {arm}"):
+            print(f"{label}: {line} ({time.monotonic() - begin:.0f} s in all)", flush=True)
+
+        run, records = run_arm(arm, repeat, options, say)
+        say(f"{run['tokens_per_s']} tokens/s, {run['failures']} failures")
+        runs[arm].append(run)
+        texts.setdefault(arm, {r.index: r.text for r in records if not r.error})
+        result["arms"] = {name: arm_result(runs[name]) for name in options.arms if runs[name]}
+        result["same_text"] = same_text({name: texts[name] for name in result["arms"]})
+        write_json(result, path)
+    return json.loads(path.read_text())
+
+
+def order(arms, repeats):
+    """[(repeat, arm), ...]; odd repeats run backwards, so that no arm is always the first."""
+    return [(repeat, arm) for repeat in range(repeats)
+            for arm in (list(arms)[::-1] if repeat % 2 else arms)]
+
+
+def run_arm(arm, repeat, options, say):
+    """Start the server of one arm, load it, stop it: (its numbers, its records)."""
+    name = f"{arm}-{repeat + 1}"
+    say("starting the server")
+    command = [*options.server, *server_arguments(arm, options)]
+    log = options.out / f"{name}-server.log"
+    with ServerProcess(command, log, options.start_timeout, say) as server:
+        model = first_model(server.url, options.api_key)
+        warm_up(server.url, model, options.api_key)
+        say("ready; the load begins")
+        with Utilization(server.process.pid) as watch:
+            loaded = run_load(
+                server.url, options.out, options.users, options.spawn_rate, options.workload,
+                options.requests, options.seed, model, options.api_key, options.steady_seconds,
+                options.min_requests, options.timeout, name)
+    records = loaded["records"]
+    return loaded["summary"] | {"utilization": watch.between(*busy_span(records))}, records
+
+
+def server_arguments(arm, options):
+    """Command line of one arm's server, the arm's own options last, where they win: list[str]."""
+    common = ["--model", options.model, "--max-batch", "16", "--max-len", str(options.max_len),
+              "--max-waiting", "256"]
+    return [*common, *shlex.split(options.engine_args), *ARMS[arm]]
+
+
+class Utilization:
+    """Samples how busy the device is, every half second, for the length of a `with`.
+
+    On a GPU: % of the time that any kernel ran. On a CPU: % of all cores used by process `pid`.
+    """
+
+    def __init__(self, pid, interval=0.5):
+        self.interval, self.samples, self.over = interval, [], threading.Event()
+        self.gpu = first_gpu()
+        self.process = psutil.Process(pid)
+        self.thread = threading.Thread(target=self.sample, daemon=True)
+
+    def __enter__(self):
+        self.process.cpu_percent()  # the first answer of psutil has nothing to compare with
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.thread.join()
+
+    def sample(self):
+        with contextlib.suppress(psutil.Error):  # the server is gone: so is the reason to sample
+            while not self.over.wait(self.interval):
+                self.samples.append((time.perf_counter(), self.read()))
+
+    def read(self):
+        if self.gpu is None:
+            return self.process.cpu_percent() / os.cpu_count()
+        import pynvml
+
+        return pynvml.nvmlDeviceGetUtilizationRates(self.gpu).gpu
+
+    def between(self, first, last):
+        """{"kind", "mean": %, "series": [[seconds since first, %], ...]} between two times."""
+        inside = [(t - first, value) for t, value in self.samples if first <= t <= last]
+        mean = round(statistics.fmean(v for _, v in inside), 1) if inside else None
+        kind = "cpu" if self.gpu is None else "gpu"
+        return {"kind": kind, "mean": mean, "series": thin(inside)}
+
+
+def thin(samples):
+    """At most POINTS points, each the mean of its neighbours: [[seconds, %], ...]."""
+    size = max(1, math.ceil(len(samples) / POINTS))
+    groups = [samples[i:i + size] for i in range(0, len(samples), size)]
+    return [[round(statistics.fmean(column), 1) for column in zip(*group)] for group in groups]
+
+
+def first_gpu():
+    """NVML's handle of the GPU that CUDA would take first; None without one, or if it can't say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        handle = (pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit()
+                  else pynvml.nvmlDeviceGetHandleByUUID(visible.encode()))
+        pynvml.nvmlDeviceGetUtilizationRates(handle)  # a slice of a GPU refuses this
+        return handle
+    except Exception:  # no package, no driver, no device: all mean "no GPU to watch"
+        return None
+
+
+def arm_result(runs):
+    """What an arm's repeats come to: medians, sums of failures, and every repeat's own numbers."""
+    names = ["tokens_per_s", "requests_per_s", "ttft_ms", "itl_ms", "tpot_ms", "e2e_ms",
+             "tokens_per_event", "client_cpu"]
+    whole = {name: median([run[name] for run in runs]) for name in names}
+    usage = runs[0]["utilization"] | {"mean": median([r["utilization"]["mean"] for r in runs])}
+    # One curve is enough for the picture: the repeats keep their means.
+    repeats = [run | {"utilization": {k: v for k, v in run["utilization"].items() if k != "series"}}
+               for run in runs]
+    return whole | {"requests": min(run["requests"] for run in runs),
+                    "failures": sum(run["failures"] for run in runs),
+                    "utilization": usage, "repeats": repeats}
+
+
+def median(values):
+    """Median of numbers, or of each entry of dicts; what is None is left out."""
+    if isinstance(values[0], dict):
+        return {key: median([value[key] for value in values]) for key in values[0]}
+    numbers = [value for value in values if value is not None]
+    return round(statistics.median(numbers), 3) if numbers else None
+
+
+def same_text(texts):
+    """How many answers of each arm equal the first arm's; texts: {arm: {request index: text}}."""
+    reference, *others = texts
+    counts = {"reference": reference}
+    for arm in others:
+        shared = texts[arm].keys() & texts[reference].keys()
+        equal = sum(texts[arm][i] == texts[reference][i] for i in shared)
+        counts[arm] = {"equal": equal, "compared": len(shared)}
+    return counts
+
+
+def describe(options):
+    """Everything a reader needs to know to run this again."""
+    packages = ("torch", "transformers", "fastapi", "uvicorn", "locust")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    steady = options.steady_seconds
+    protocol = (f"seeded stream, at least {options.min_requests} requests and {steady:g} s with "
+                "all users in flight" if steady else f"one list of {options.requests} requests")
+    load = {"name": options.workload, "seed": options.seed, "users": options.users,
+            "spawn_rate": options.spawn_rate, "requests": None if steady else options.requests,
+            "protocol": protocol, "repeats": options.repeats}
+    return {"hardware": hardware(), "model": options.model, "versions": versions,
+            "command": shlex.join(["python", "-m", "load.compare", *options.arguments]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "workload": load, "max_len": options.max_len, "engine_args": options.engine_args}
+
+
+def hardware():
+    """The GPU's name, or the CPU's and its number of cores."""
+    if (gpu := first_gpu()) is not None:
+        import pynvml
+
+        name = pynvml.nvmlDeviceGetName(gpu)
+        return name.decode() if isinstance(name, bytes) else name
+    return f"{os.cpu_count()} CPU cores ({cpu_name()})"
+
+
+def cpu_name():
+    """Linux keeps the name in /proc/cpuinfo; elsewhere the architecture has to do."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_json(result, path):
+    """Write a file whole or not at all."""
+    draft = path.with_suffix(".json.part")
+    draft.write_text(json_text(result) + "\n")
+    os.replace(draft, path)
+
+
+def json_text(result, indent=""):
+    """JSON with a line for each entry of a dict, and each list of plain values on one line."""
+    inner = indent + "  "
+    if isinstance(result, dict) and result:
+        lines = [f"{inner}{json.dumps(k)}: {json_text(v, inner)}" for k, v in result.items()]
+        return "{\n" + ",\n".join(lines) + "\n" + indent + "}"
+    if isinstance(result, list) and any(isinstance(item, dict) for item in result):
+        lines = [inner + json_text(item, inner) for item in result]
+        return "[\n" + ",\n".join(lines) + "\n" + indent + "]"
+    return json.dumps(result, ensure_ascii=False)
+
+
+def parse(arguments=None):
+    """The command line as a namespace, with what depends on the device filled in."""
+    parser = argparse.ArgumentParser(prog="python -m load.compare",
+                                     description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", help="as for cbserver; default: smollm2, or Llama-3.2-1B-Instruct on a GPU")
+    add("--arms", default="sequential,static,continuous", help=f"any of {','.join(ARMS)}")
+    add("--repeats", type=int, default=1, help="fresh servers for each arm (1)")
+    add("--out", type=Path, default=Path("figures/latest"), help="folder for all results")
+    add("--max-len", type=int, default=512, help="longest prompt and answer, in tokens (512)")
+    add("--engine-args", default="", help="more options for every server, as one string")
+    add("--fast-device", action=argparse.BooleanOptionalAction,
+        help="count a steady time instead of a fixed list; default: on a GPU")
+    add("--steady-seconds", type=float, default=60, help="how long, on a fast device (60)")
+    add("--start-timeout", type=float, default=900, help="seconds a server may take to start (900)")
+    add_load_options(parser)
+    options = parser.parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options.arms = options.arms.split(",")
+    if unknown := [arm for arm in options.arms if arm not in ARMS]:
+        parser.error(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    fill_in(options)
+    return options
+
+
+def fill_in(options):
+    """Defaults by device: a small model and a list on a CPU, a larger one and a time on a GPU."""
+    gpu = first_gpu() is not None
+    if options.fast_device is None:
+        options.fast_device = gpu
+    if not options.fast_device:
+        options.steady_seconds = 0
+    default = "unsloth/Llama-3.2-1B-Instruct" if gpu else "smollm2"
+    options.model = options.model or os.environ.get("CBSERVER_MODEL") or default
+    options.server = python_module("cbserver")
+    if options.api_key:  # our servers and our client read the same key
+        os.environ["CBSERVER_API_KEY"] = options.api_key
+
+
+def show(result, options):
+    """Table, ratios, and where everything is."""
+    print("\n" + report.text_table(result) + "\n")
+    print(report.ratios(result))
+    print(report.notes(result))
+    figures = report.save_figures(result, options.out, "compare")
+    pages = [options.out / f"{arm}-{i + 1}.html" for arm in options.arms
+             for i in range(options.repeats)]
+    for title, paths in (("plots", figures), ("Locust's reports", pages),
+                         ("numbers", [options.out / "compare.json"])):
+        print(f"{title}:\n" + "\n".join(f"  {path}" for path in paths))
+
+
+def main(arguments=None):
+    options = parse(arguments)
+
+    def run():
+        result = compare(options)
+        show(result, options)
+        if not any(arm["requests"] for arm in result["arms"].values()):
+            raise LoadFailed("No request succeeded; the server logs are in the folder above.")
+
+    return exit_with(run)
+
+
+if __name__ == "__main__":
+    import matplotlib
+
+    matplotlib.use("Agg")
+    sys.exit(main())

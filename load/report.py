@@ -1,0 +1,266 @@
+"""Figures and tables out of the JSON of a comparison; one style for every picture of the course.
+
+    python -m load.report figures/data/compare-cpu.json --out figures
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
+
+# Okabe and Ito's colours: told apart with any kind of colour vision.
+COLORS = {"sequential": "#E69F00", "one-slot": "#CC79A7", "static": "#56B4E9",
+          "continuous": "#0072B2"}
+STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.grid": True,
+         "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False,
+         "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 150,
+         "legend.frameon": False, "figure.titlesize": 12}
+FEW = 100  # with fewer requests, p99 is simply the slowest
+
+
+def style():
+    """Make every figure of this session look like the report's."""
+    plt.rcParams.update(STYLE)
+
+
+def arms_of(result):
+    """The arms in the order of the story: [(name, its numbers), ...]."""
+    return [(name, result["arms"][name]) for name in COLORS if name in result["arms"]]
+
+
+def tail_name(result):
+    """What the p99 column is called: a p99 of few requests is one request."""
+    few = any(numbers["requests"] < FEW for _, numbers in arms_of(result))
+    return "slowest" if few else "p99"
+
+
+def device(result):
+    """`CPU` or `GPU`."""
+    return next(numbers["utilization"]["kind"] for _, numbers in arms_of(result)).upper()
+
+
+def setting(result):
+    """One line that says what was measured on what."""
+    load = result["workload"]
+    return f"{result['model']} on {result['hardware']}, {load['users']} users"
+
+
+# Figures
+
+
+def throughput_figure(result):
+    """Tokens/s of each arm, as bars."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        draw_throughput(axes, result)
+        return titled(figure, "Output throughput", result)
+
+
+def latency_figure(result):
+    """TTFT and E2E of each arm: a dot at p50, a ring at p99 (the slowest, when they are few)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+        draw_latencies(axes, result)
+        return titled(figure, "Latency", result)
+
+
+def utilization_figure(result):
+    """How busy the device was over time, a row for each arm on one time axis."""
+    arms = arms_of(result)
+    with plt.rc_context(STYLE):
+        size = (8, 1.2 + 1.35 * len(arms))
+        figure, rows = plt.subplots(len(arms), 1, figsize=size, layout="constrained",
+                                    sharex=True, squeeze=False)
+        for axes, (name, numbers) in zip(rows[:, 0], arms):
+            draw_utilization(axes, name, numbers["utilization"])
+        rows[-1, 0].set_xlabel("seconds since the first request")
+        return titled(figure, f"{device(result)} utilisation over time", result)
+
+
+def overview_figure(result):
+    """Throughput on the left, latencies on the right: the picture of the README."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained",
+                                    width_ratios=[1.25, 1, 1])
+        draw_throughput(axes[0], result)
+        axes[0].set_title("Output throughput: more is better")
+        draw_latencies(axes[1:], result)
+        return titled(figure, "One model, one app, one load: only the engine differs", result)
+
+
+def titled(figure, title, result):
+    """Title, and below it in small what was measured; closed, so that a notebook shows it once."""
+    height = figure.get_figheight()  # inches; the two lines are as tall on every figure
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.5 / height))
+    figure.text(0.01, 1 - 0.06 / height, title, fontsize=12, fontweight="bold", va="top")
+    figure.text(0.01, 1 - 0.3 / height, setting(result), fontsize=9, color="#555555", va="top")
+    plt.close(figure)
+    return figure
+
+
+def draw_throughput(axes, result):
+    arms = arms_of(result)
+    base = result["arms"].get("sequential", {}).get("tokens_per_s")
+    for x, (name, numbers) in enumerate(arms):
+        value = numbers["tokens_per_s"]
+        repeats = [repeat["tokens_per_s"] for repeat in numbers["repeats"]]
+        # Whiskers from the slowest to the fastest repeat, where there is more than one.
+        spread = [[value - min(repeats)], [max(repeats) - value]] if len(repeats) > 1 else None
+        axes.bar(x, value, 0.65, color=COLORS[name], yerr=spread, capsize=4)
+        ratio = f"\n{value / base:.1f}×" if base and name != "sequential" else ""
+        axes.annotate(f"{value:.{0 if value >= 100 else 1}f}{ratio}", (x, max(value, *repeats)),
+                      (0, 4), textcoords="offset points", ha="center", va="bottom",
+                      fontweight="bold" if name == "continuous" else None)
+    axes.set_xticks(range(len(arms)), [name for name, _ in arms])
+    axes.set(ylabel="tokens/s, all users together")
+    if base and len(arms) > 1:
+        axes.set_xlabel("×: against sequential")
+    axes.grid(axis="x", visible=False)
+    axes.margins(y=0.22)
+
+
+def draw_latencies(pair, result):
+    """TTFT on the first axes and E2E on the second, arms from top to bottom."""
+    titles = {"ttft_ms": "Time to first token", "e2e_ms": "End-to-end latency"}
+    for axes, (key, title) in zip(pair, titles.items()):
+        draw_latency(axes, result, key)
+        axes.set_title(title)
+    pair[1].tick_params(labelleft=False)
+
+
+def draw_latency(axes, result, key):
+    """A dot at p50 and a ring at p99 for each arm: bars would have no foot on a log axis."""
+    arms = [(name, numbers) for name, numbers in arms_of(result) if numbers[key]["p50"] is not None]
+    for y, (name, numbers) in enumerate(arms):
+        p50, p99 = numbers[key]["p50"] / 1e3, numbers[key]["p99"] / 1e3
+        color = COLORS[name]
+        axes.plot([p50, p99], [y, y], color=color, lw=3, alpha=0.4, zorder=2)
+        axes.plot(p50, y, "o", color=color, ms=9, zorder=3)
+        axes.plot(p99, y, "o", mec=color, mfc="white", mew=2, ms=8, zorder=3)
+        axes.annotate(f"{seconds(p50)} – {seconds(p99)} s", (p99, y), (9, 0), fontsize=9,
+                      textcoords="offset points", va="center")
+    values = [numbers[key][q] / 1e3 for _, numbers in arms for q in ("p50", "p99")]
+    low, high = max(min(values, default=0), 1e-6), max(values, default=1)
+    if values and high > 20 * low:  # room on the right is for the labels
+        axes.set(xscale="log", xlim=(low / 1.5, high * (high / low) ** 0.85))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.set_xlim(0, 1.75 * high)
+    axes.set_yticks(range(len(arms)), [name for name, _ in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.7)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"seconds  (● p50  ○ {tail_name(result)})")
+
+
+def seconds(value):
+    """Three digits are enough: `0.213`, `4.21`, `231`."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def draw_utilization(axes, name, usage):
+    x, y = zip(*usage["series"]) if usage["series"] else ((), ())
+    axes.fill_between(x, y, color=COLORS[name], alpha=0.35, lw=0)
+    axes.plot(x, y, color=COLORS[name], lw=1.2)
+    axes.set(ylim=(0, 105), yticks=[0, 50, 100], ylabel=f"{usage['kind'].upper()} %")
+    mean = "" if usage["mean"] is None else f": {usage['mean']:.0f} % on average"
+    axes.set_title(f"{name}{mean}", fontsize=11)
+    axes.set_xlim(left=0)
+
+
+# Tables
+
+
+def rows(result):
+    """Header and one row an arm, all strings: list[list[str]]."""
+    last = tail_name(result)
+    header = ["arm", "tokens/s", "requests/s", "TTFT p50", f"TTFT {last}", "E2E p50",
+              f"E2E {last}", f"{device(result)} use", "failures"]
+    return [header, *(row(name, numbers) for name, numbers in arms_of(result))]
+
+
+def row(name, numbers):
+    latencies = [numbers[key][q] for key in ("ttft_ms", "e2e_ms") for q in ("p50", "p99")]
+    usage = numbers["utilization"]["mean"]
+    return [name, f"{numbers['tokens_per_s']:.1f}", f"{numbers['requests_per_s']:.2f}",
+            *("–" if ms is None else f"{seconds(ms / 1e3)} s" for ms in latencies),
+            "–" if usage is None else f"{usage:.0f} %", str(numbers["failures"])]
+
+
+def table(result):
+    """The table as Markdown."""
+    header, *body = rows(result)
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *body))
+
+
+def text_table(result):
+    """The table for a terminal, in columns."""
+    lines = rows(result)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    return "\n".join("  ".join([cells[0].ljust(widths[0]),
+                                *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))])
+                     for cells in lines)
+
+
+def ratios(result):
+    """How many times the tokens/s of every other arm continuous batching has, a line each."""
+    speeds = {name: numbers["tokens_per_s"] for name, numbers in arms_of(result)}
+    mine = speeds.pop("continuous", None)
+    return "\n".join(f"continuous ÷ {name}: {mine / speed:.2f}×"
+                     for name, speed in speeds.items() if mine and speed)
+
+
+def notes(result):
+    """What else a reader should know: were the answers the same, was the client the limit."""
+    same = dict(result.get("same_text", {}))
+    reference = same.pop("reference", None)
+    lines = [f"{arm} gave the same text as {reference} for {n['equal']} of {n['compared']} requests"
+             for arm, n in same.items()]
+    for name, numbers in arms_of(result):
+        if (numbers["client_cpu"] or 0) > 70:
+            lines.append(f"{name}: Locust used {numbers['client_cpu']:.0f} % of a core, so the "
+                         "client may have been the limit")
+        if (numbers["tokens_per_event"] or 1) > 1.05:
+            lines.append(f"{name}: {numbers['tokens_per_event']} tokens an event, so ITL is the "
+                         "gap between events")
+    return "\n".join(lines)
+
+
+FIGURES = {"-throughput": throughput_figure, "-latency": latency_figure,
+           "-utilization": utilization_figure, "": overview_figure}
+
+
+def save_figures(result, out, stem):
+    """Write every picture as `out`/`stem`….png: list[Path]."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = {out / f"{stem}{end}.png": draw for end, draw in FIGURES.items()}
+    for path, draw in paths.items():
+        draw(result).savefig(path)
+    return list(paths)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m load.report",
+                                     description=__doc__.split("\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of load.compare")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNGs")
+    options = parser.parse_args(arguments)
+    for path in options.results:
+        try:
+            result = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            print(f"error: cannot read {path}: {error}", file=sys.stderr)
+            return 1
+        for picture in save_figures(result, options.out, path.stem):
+            print(picture)
+        print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    plt.switch_backend("Agg")
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What the tests share: the tiny model, its reference outputs, and an event loop that runs callbacks at once."""
+import functools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+LONGEST = 48  # tokens that a reference holds
+
+
+class Instant:
+    """Stands in for an event loop, so that a test can step an engine by hand; `after` runs at each hop."""
+
+    def __init__(self, after=lambda: None):
+        self.after = after
+
+    def call_soon_threadsafe(self, callback):
+        callback()
+        self.after()
+
+
+def by_hand(engine, after=lambda: None):
+    """An engine that runs only when the test calls `step()`."""
+    engine.loop, engine.stopping = Instant(after), False
+    return engine
+
+
+def received(sequence):
+    """Everything on a sequence's queue: its tokens, then None."""
+    return [sequence.out.get_nowait() for _ in range(sequence.out.qsize())]
+
+
+def prompt(seed, length):
+    import random
+
+    rng = random.Random(seed)
+    return [rng.randrange(511) for _ in range(length)]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    from cbserver.baseline import load_model
+
+    return load_model("random:tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def reference(tiny):
+    """reference(prompt_tokens, count): what `model.generate` makes of one prompt alone, EOS ignored."""
+    import torch
+
+    model, _ = tiny
+
+    @functools.cache
+    def whole(tokens):
+        ids = torch.tensor([tokens])
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST,
+                                do_sample=False, eos_token_id=None)
+        return output[0, len(tokens):].tolist()
+
+    return lambda tokens, count: whole(tuple(tokens))[:count]

@@ -1,0 +1,175 @@
+"""The engine's life: slots come back, limits are named, a client that leaves costs nothing, faults reach everybody."""
+import asyncio
+import threading
+
+import pytest
+from conftest import by_hand, prompt, received
+
+from cbserver.baseline import ModelUnavailable, SamplingParams, check_supported, load_model
+from cbserver.batch import StaticEngine
+from cbserver.scheduler import ContinuousEngine
+from cbserver.sequence import EngineStopped, PromptTooLong, QueueFull, SequentialEngine, Status
+
+ALL = pytest.mark.parametrize("engine_class", [SequentialEngine, StaticEngine, ContinuousEngine])
+FOREVER = SamplingParams(40, ignore_eos=True)
+
+
+async def collect(sequence):
+    return [token async for token in sequence.stream()]
+
+
+@ALL
+def test_many_requests_in_flight_each_receive_their_own_tokens(engine_class, tiny, reference):
+    async def main():
+        engine = engine_class(*tiny)
+        await engine.start()
+        sequences = [engine.submit(prompt(i, 3 + i), SamplingParams(5 + i % 9, ignore_eos=True))
+                     for i in range(12)]
+        outputs = await asyncio.wait_for(asyncio.gather(*map(collect, sequences)), 60)
+        await engine.stop()
+        return outputs, engine.stats()
+
+    outputs, stats = asyncio.run(main())
+    assert outputs == [reference(prompt(i, 3 + i), 5 + i % 9) for i in range(12)]
+    assert stats.running == stats.waiting == 0
+    assert stats.generated_tokens == sum(map(len, outputs))
+    assert stats.prompt_tokens == sum(3 + i for i in range(12))
+
+
+def test_a_cancelled_request_frees_its_slot_by_the_next_step(tiny):
+    engine = by_hand(ContinuousEngine(*tiny, max_batch=1))
+    first, second = (engine.submit(prompt(i, 5), FOREVER) for i in (1, 2))
+    engine.step()
+    assert first.status is Status.RUNNING and second.status is Status.WAITING
+    engine.abort(first)
+    engine.step()
+    assert second.status is Status.RUNNING and second.slot == first.slot
+    assert received(first)[-1] is None and first.finish_reason == "abort"
+
+
+def test_a_cancelled_waiting_request_never_runs(tiny):
+    engine = by_hand(ContinuousEngine(*tiny, max_batch=1))
+    sequences = [engine.submit(prompt(i, 5), SamplingParams(4, ignore_eos=True)) for i in range(3)]
+    engine.abort(sequences[1])
+    while engine.waiting or engine.running:
+        engine.step()
+    assert [len(s.generated_tokens) for s in sequences] == [4, 0, 4]
+    engine.abort(sequences[0])
+    assert sequences[0].finish_reason == "length", "aborting what has finished changes nothing"
+
+
+def test_slots_are_refilled_on_the_step_after_they_fall_free(tiny):
+    engine = by_hand(ContinuousEngine(*tiny, max_batch=2))
+    short, long, next_one = (engine.submit(prompt(i, 5), SamplingParams(n, ignore_eos=True))
+                             for i, n in ((1, 3), (2, 30), (3, 3)))
+    while short.status is not Status.FINISHED:
+        engine.step()
+    engine.step()
+    assert next_one.status is Status.RUNNING and next_one.slot == short.slot
+    assert long.status is Status.RUNNING
+
+
+def test_static_batching_makes_the_next_wait_for_the_longest(tiny):
+    engine = by_hand(StaticEngine(*tiny, max_batch=2))
+    sequences = [engine.submit(prompt(i, 5), SamplingParams(n, ignore_eos=True))
+                 for i, n in ((1, 3), (2, 30), (3, 3))]
+    engine.step()
+    assert [s.status.name for s in sequences] == ["FINISHED", "FINISHED", "WAITING"]
+
+
+def test_a_turn_admits_no_more_than_the_prefill_budget(tiny):
+    engine = by_hand(ContinuousEngine(*tiny, max_batch=8))
+    engine.prefill_budget = 25
+    sequences = [engine.submit(prompt(i, 20), FOREVER) for i in range(5)]
+    running = []
+    for _ in range(3):
+        engine.step()
+        running.append(sum(s.status is Status.RUNNING for s in sequences))
+    assert running == [2, 4, 5]
+
+
+@ALL
+def test_what_cannot_be_served_is_refused_with_the_limit_in_the_message(engine_class, tiny):
+    engine = by_hand(engine_class(*tiny, max_len=64, max_waiting=2))
+    with pytest.raises(PromptTooLong, match="60 prompt tokens .* limit of 64"):
+        engine.submit(prompt(1, 60), SamplingParams(5))
+    for tokens, params in (([], FOREVER), ([1], SamplingParams(0)), ([1], SamplingParams(-3)),
+                           ([-1], SamplingParams(4)), ([512], SamplingParams(4))):
+        with pytest.raises(ValueError, match="under 512"):
+            engine.submit(tokens, params)
+    for _ in range(2):
+        engine.submit([1], SamplingParams(4))
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
+        engine.submit([1], SamplingParams(4))
+    engine.stopping = True
+    with pytest.raises(EngineStopped):
+        engine.submit([1], SamplingParams(4))
+
+
+@ALL
+def test_stop_with_drain_finishes_and_without_drain_aborts(engine_class, tiny):
+    async def main(drain):
+        engine = engine_class(*tiny, max_batch=2)
+        await engine.start()
+        sequences = [engine.submit(prompt(i, 5), FOREVER) for i in range(5)]
+        tasks = [asyncio.create_task(collect(s)) for s in sequences]
+        await asyncio.wait_for(engine.stop(drain), 60)
+        await asyncio.wait_for(asyncio.gather(*tasks), 60)
+        with pytest.raises(EngineStopped):
+            engine.submit([1], FOREVER)
+        assert not engine.thread.is_alive()
+        return {s.finish_reason for s in sequences}
+
+    assert asyncio.run(main(drain=True)) == {"length"}
+    assert "abort" in asyncio.run(main(drain=False))
+
+
+@ALL
+def test_when_a_step_raises_every_waiter_gets_an_error(engine_class, tiny, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the traceback is expected
+
+    async def main():
+        engine = engine_class(*tiny, max_batch=2)
+        engine.step = lambda: 1 / 0
+        await engine.start()
+        outcomes = []
+        try:
+            for i in range(4):
+                outcomes.append(asyncio.create_task(collect(engine.submit(prompt(i, 4), FOREVER))))
+        except EngineStopped:
+            pass
+        results = await asyncio.wait_for(asyncio.gather(*outcomes, return_exceptions=True), 30)
+        assert results and all(isinstance(r, EngineStopped) for r in results)
+        engine.thread.join(10)
+        assert engine.stopping and not engine.waiting
+
+    asyncio.run(main())
+
+
+def test_an_engine_can_be_started_again(tiny, reference):
+    async def main():
+        engine = ContinuousEngine(*tiny)
+        for _ in range(2):
+            await engine.start()
+            output = await collect(engine.submit(prompt(2, 7), SamplingParams(6, ignore_eos=True)))
+            await engine.stop()
+        return output
+
+    assert asyncio.run(main()) == reference(prompt(2, 7), 6)
+
+
+def test_models_with_windows_or_odd_logits_are_refused_with_a_reason():
+    from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+    for config in (MistralConfig(), Gemma2Config(), GPT2Config()):
+        with pytest.raises(ModelUnavailable, match="full attention"):
+            check_supported(config)
+    for config in (LlamaConfig(), Qwen2Config(), Qwen3Config(), MistralConfig(sliding_window=None)):
+        check_supported(config)
+
+
+def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path):
+    with pytest.raises(ModelUnavailable, match="random:tiny"):
+        load_model("random:huge")
+    with pytest.raises(ModelUnavailable, match="smollm2"):
+        load_model(str(tmp_path / "nothing"))

@@ -1,0 +1,233 @@
+"""The load test tells the truth: checked against a server whose delays and failures are planted.
+
+Run as a script it is that server: `python tests/test_load.py --host 127.0.0.1 --port 8000`.
+"""
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from cbserver.metrics import RequestRecord, summarize
+from load import compare, report
+from load.run import run_load
+from load.server import LoadFailed, free_port, python_module
+from load.workload import LENGTHS, workload
+
+TTFT, GAP = 0.2, 0.02  # seconds, planted
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Streams words after a known delay; `failures` says which requests (by order) go wrong."""
+
+    protocol_version = "HTTP/1.1"
+    failures, usage, order, lock = {}, True, iter(range(10**9)), threading.Lock()
+    connections = set()
+
+    def do_GET(self):
+        known = {"/health": {}, "/v1/models": {"data": [{"id": "fake"}]}}
+        self.answer(200 if self.path in known else 404, known.get(self.path, {}))
+
+    def do_POST(self):
+        self.connections.add(self.client_address)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            failure = self.failures.get(next(self.order))
+        if failure == "full":
+            error = {"message": "the queue is full", "type": "x", "param": None, "code": None}
+            return self.answer(429, {"error": error})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.stream(body, failure)
+
+    def stream(self, body, failure):
+        wanted, said = body["max_tokens"], len(body["prompt"].split())
+        for i in range(wanted):
+            time.sleep(GAP if i else TTFT)
+            if failure == "error" and i == 2:
+                self.event({"error": {"message": "the engine died"}})
+                break
+            if failure == "cut" and i == 3:
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            # An empty text is a token all the same.
+            self.event({"choices": [{"text": f"{said} " if i else "", "finish_reason": None}]})
+        else:
+            usage = {"prompt_tokens": said, "completion_tokens": wanted, "total_tokens": 0}
+            if self.usage:
+                self.event({"choices": [], "usage": usage})
+        if failure != "undone":
+            self.chunk(b"data: [DONE]\n\n")
+        self.chunk(b"")
+
+    def event(self, data):
+        self.chunk(f"data: {json.dumps(data)}\n\n".encode())
+
+    def chunk(self, data):
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.flush()
+
+    def answer(self, status, data):
+        body = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+class Fleet(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 128
+
+
+@pytest.fixture
+def serve():
+    """Start a fake server with these class attributes; returns its URL."""
+    servers = []
+
+    def start(**attributes):
+        handler = type("Handler", (FakeServer,), {"order": iter(range(10**9)), **attributes})
+        servers.append(Fleet(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_workload_is_the_same_every_time_and_request_i_whatever_the_length():
+    assert workload("mixed", 64, seed=3) == workload("mixed", 64, seed=3)
+    assert workload("mixed", 64)[:10] == workload("mixed", 10)
+    assert workload("mixed", 10, seed=1) != workload("mixed", 10, seed=2)
+
+
+def test_the_mixed_workload_mixes_short_and_long_and_repeats_no_prompt():
+    requests = workload()
+    lengths = [r.max_tokens for r in requests]
+    assert 2900 <= sum(lengths) <= 3300
+    assert (min(lengths), max(lengths)) == (8, 128)
+    assert sorted(lengths)[len(lengths) // 2] < sum(lengths) / len(lengths)  # many short, some long
+    assert len({r.prompt for r in workload(requests=1000)}) == 1000
+    assert {r.max_tokens for r in workload("short", 20)} == {16}
+    assert set(LENGTHS) == {"mixed", "short"}
+
+
+def test_an_unknown_workload_is_refused_by_name():
+    with pytest.raises(ValueError, match="mixed, short"):
+        workload("nothing", 1)
+
+
+def test_every_request_is_counted_and_its_times_are_the_planted_ones(serve, tmp_path):
+    result = run_load(serve(), tmp_path, users=8, spawn_rate=50, workload="short", requests=24)
+    records, summary = result["records"], result["summary"]
+    assert sorted(r.index for r in records) == list(range(24))
+    assert (summary["requests"], summary["failures"], summary["errors"]) == (24, 0, {})
+    assert summary["completion_tokens"] == 24 * 16
+    for record, request in zip(sorted(records, key=lambda r: r.index), workload("short", 24)):
+        words = len(request.prompt.split())
+        assert record.prompt_tokens == words and record.text == f"{words} " * 15
+        assert len(record.token_times) == 16  # the empty text counts
+        assert TTFT <= record.ttft < TTFT + 0.3
+        assert record.e2e >= TTFT + 15 * GAP
+    assert GAP * 1e3 <= summary["itl_ms"]["mean"] < 3 * GAP * 1e3
+    assert summary["tokens_per_event"] == 1
+    page = result["html"].read_text()
+    assert "TTFT" in page and "TPOT" in page and "/v1/completions" in page
+
+
+def test_a_user_keeps_its_connection_from_one_request_to_the_next(serve, tmp_path):
+    connections = set()
+    url = serve(connections=connections)
+    run_load(url, tmp_path, users=2, spawn_rate=50, workload="short", requests=6)
+    assert len(connections) == 2
+
+
+def test_failures_are_counted_and_called_what_they_are(serve, tmp_path):
+    url = serve(failures={2: "full", 4: "cut", 6: "error", 8: "undone"})
+    result = run_load(url, tmp_path, users=4, spawn_rate=50, workload="short", requests=12)
+    assert (result["summary"]["requests"], result["summary"]["failures"]) == (8, 4)
+    errors = " | ".join(sorted(result["summary"]["errors"]))
+    assert "HTTP 429: the queue is full" in errors
+    assert "the connection broke after the token" in errors
+    assert "error event: the engine died" in errors
+    assert "the stream ended without [DONE]" in errors
+
+
+def test_without_usage_an_event_is_a_token_and_steady_time_makes_a_window(serve, tmp_path):
+    result = run_load(serve(usage=False), tmp_path, users=4, spawn_rate=50, workload="short",
+                      steady_seconds=2, min_requests=5)
+    assert all(r.completion_tokens == 16 for r in result["records"])
+    summary = result["summary"]
+    assert summary["failures"] == 0 and summary["requests"] >= 8
+    assert 2 <= summary["window_s"] < 4 and summary["wall_s"] == pytest.approx(summary["window_s"])
+    assert summary["completion_tokens"] < 16 * summary["requests"]  # only those inside the window
+
+
+def test_no_server_is_one_sentence_and_exit_code_1(tmp_path):
+    command = python_module("load.run", "--host", f"http://127.0.0.1:{free_port()}", "--out",
+                            tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "No server answers at" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_server_that_dies_at_start_is_reported_with_its_last_words(tmp_path):
+    options = compare.parse(["--arms", "static", "--out", str(tmp_path)])
+    options.server = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    with pytest.raises(LoadFailed, match="(?s)exited with code 1.*no such model"):
+        compare.compare(options)
+
+
+def test_compare_runs_every_arm_and_leaves_report_and_plots(tmp_path):
+    options = compare.parse(["--arms", "sequential,continuous", "--workload", "short", "--users",
+                             "4", "--requests", "8", "--no-fast-device", "--spawn-rate", "50",
+                             "--out", str(tmp_path), "--repeats", "1"])
+    options.server = [sys.executable, __file__]
+    result = compare.compare(options)
+    assert json.loads((tmp_path / "compare.json").read_text()) == result
+    for arm in ("sequential", "continuous"):
+        row = result["arms"][arm]
+        assert row["requests"] == 8 and row["failures"] == 0 and row["tokens_per_s"] > 0
+        assert row["utilization"]["kind"] in ("cpu", "gpu")
+        assert (tmp_path / f"{arm}-1.jsonl").exists() and (tmp_path / f"{arm}-1.html").exists()
+    assert result["same_text"] == {"reference": "sequential",
+                                   "continuous": {"equal": 8, "compared": 8}}
+    assert "slowest" in report.table(result) and "continuous ÷ sequential" in report.ratios(result)
+    for path in report.save_figures(result, tmp_path, "compare"):
+        assert path.stat().st_size > 10_000
+
+
+def test_a_hand_made_log_gives_hand_computed_numbers():
+    records = [RequestRecord(start=0.0, token_times=[1.0, 1.5, 2.0], completion_tokens=3),
+               RequestRecord(start=1.0, token_times=[4.0, 6.0], completion_tokens=2),
+               RequestRecord(start=1.0, error="HTTP 429: full")]
+    summary = summarize(records)
+    assert (summary["requests"], summary["failures"]) == (2, 1)
+    assert summary["tokens_per_s"] == pytest.approx(5 / 6, abs=0.01)  # 5 tokens in 0 s .. 6 s
+    assert summary["ttft_ms"]["p50"] == 1000 and summary["ttft_ms"]["p99"] == 3000
+    assert summary["e2e_ms"]["p50"] == 2000 and summary["e2e_ms"]["p99"] == 5000
+    assert summary["itl_ms"]["p50"] == 500 and summary["itl_ms"]["mean"] == 1000
+    assert summary["tpot_ms"]["p50"] == 500 and summary["tpot_ms"]["p99"] == 2000
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    address, _ = parser.parse_known_args()
+    Fleet((address.host, address.port), FakeServer).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Every lesson runs top to bottom, in order, in a real kernel, with the small settings."""
+import json
+import shutil
+
+import pytest
+from conftest import ROOT
+from test_export import LESSONS, tool
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("course")
+    for name in ("notebooks", "cbserver", "load", "figures/data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("requirements*.txt"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", [p.name for p in LESSONS])
+def test_the_lesson_runs_from_top_to_bottom(copy, name, monkeypatch):
+    for key, value in (("CB_SMOKE", "1"), ("CBSERVER_MODEL", "random:tiny"), ("NGROK_AUTHTOKEN", "")):
+        monkeypatch.setenv(key, value)
+    notebook = tool().execute(copy / "notebooks" / name, timeout=120)
+    printed = json.dumps([c.get("outputs") for c in notebook["cells"]], ensure_ascii=False)
+    assert "✓" in printed, "the lesson's checks print what they verified"

@@ -1,0 +1,248 @@
+"""The HTTP layer: every client its own tokens, every bad request a 4xx that names the limit, the server goes on."""
+import asyncio
+import contextlib
+import json
+import threading
+
+import httpx
+import lesson
+import pytest
+from conftest import prompt
+
+from cbserver.batch import StaticEngine
+from cbserver.scheduler import ContinuousEngine
+from cbserver.sequence import SequentialEngine
+from cbserver.server import Detokenizer, create_app
+
+
+@contextlib.contextmanager
+def serving(engine, **options):
+    server = lesson.Server(create_app(engine, **options))
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def url(tiny):
+    with serving(ContinuousEngine(*tiny, max_len=256), model_name="tiny") as url:
+        yield url
+
+
+def post(url, path="/v1/completions", **body):
+    return httpx.post(url + path, json={"prompt": "hello", "max_tokens": 8, "temperature": 0,
+                                        "ignore_eos": True, **body}, timeout=60)
+
+
+def events(text):
+    """The JSON of each server-sent event; checks the frame on the way."""
+    frames = text.split("\n\n")
+    assert frames[-2:] == ["data: [DONE]", ""] and "\r" not in text
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
+
+
+def text_of(tokenizer, tokens):
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("engine_class", [SequentialEngine, StaticEngine, ContinuousEngine])
+def test_50_concurrent_clients_each_get_exactly_their_own_tokens(engine_class, tiny, reference):
+    _, tokenizer = tiny
+
+    async def client(session, i):
+        body = {"prompt": prompt(i, 2 + i % 20), "max_tokens": 3 + i % 15, "temperature": 0,
+                "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+        response = await session.post("/v1/completions", json=body)
+        assert response.status_code == 200
+        *chunks, usage = events(response.text)
+        assert len(chunks) == usage["usage"]["completion_tokens"] == body["max_tokens"]
+        assert usage["usage"]["prompt_tokens"] == len(body["prompt"])
+        reasons = [c["choices"][0]["finish_reason"] for c in chunks]
+        assert reasons == [None] * (len(chunks) - 1) + ["length"]
+        assert len({c["id"] for c in [*chunks, usage]}) == 1
+        want = text_of(tokenizer, reference(body["prompt"], body["max_tokens"]))
+        assert "".join(c["choices"][0]["text"] for c in chunks) == want
+
+    async def main(url):
+        limits = httpx.Limits(max_connections=50)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as session:
+            await asyncio.gather(*[client(session, i) for i in range(50)])
+            metrics = (await session.get("/metrics")).text
+        total = sum(3 + i % 15 for i in range(50))
+        assert f"generation_tokens_total {float(total)}" in metrics
+        assert "num_requests_running 0.0" in metrics and "num_requests_waiting 0.0" in metrics
+
+    with serving(engine_class(*tiny)) as url:
+        asyncio.run(main(url))
+
+
+def test_an_answer_is_the_same_whole_and_streamed(url):
+    whole = post(url).json()
+    streamed = events(post(url, stream=True).text)
+    assert whole["choices"][0]["text"] == "".join(c["choices"][0]["text"] for c in streamed)
+    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+    assert whole["choices"][0]["finish_reason"] == "length"
+    assert all("usage" not in c for c in streamed), "usage is sent only when asked for"
+
+
+def test_chat_answers_in_chats_shape_and_the_role_comes_with_the_first_token(url):
+    body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}
+    whole = post(url, "/v1/chat/completions", max_completion_tokens=5, **body).json()
+    assert whole["object"] == "chat.completion" and whole["usage"]["completion_tokens"] == 5
+    chunks = events(post(url, "/v1/chat/completions", stream=True, **body).text)
+    assert chunks[0]["choices"][0]["delta"].keys() == {"role", "content"}
+    assert all(c["choices"][0]["delta"].keys() == {"content"} for c in chunks[1:])
+
+
+BAD = [
+    ({"prompt": ""}, "1 token or more"),
+    ({"prompt": []}, "one prompt"),
+    ({"prompt": ["a", "b"]}, "one prompt"),
+    ({"prompt": [-1]}, "under 512"),
+    ({"prompt": [512]}, "under 512"),
+    ({"prompt": "x" * 300}, "limit of 256"),
+    ({"max_tokens": 10**9}, "limit of 256"),
+    ({"max_tokens": 0}, "greater than or equal to 1"),
+    ({"max_tokens": -5}, "greater than or equal to 1"),
+    ({"temperature": -1}, "greater than or equal to 0"),
+    ({"temperature": 1e9}, "less than or equal to 2"),
+    ({"top_p": 0}, "greater than 0"),
+    ({"top_k": -1}, "greater than or equal to 0"),
+    ({"stop": ["a"] * 5}, "at most 4"),
+    ({"n": 2}, "'n' is not supported"),
+    ({"logprobs": 3}, "'logprobs' is not supported"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"stream_options": 3}, "stream_options"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("body, words", BAD)
+def test_bad_input_is_a_400_that_names_the_limit(url, body, words, stream):
+    response = post(url, stream=stream, **body)
+    assert response.status_code == 400, response.text
+    assert words in response.json()["error"]["message"]
+
+
+def test_other_refusals_have_their_own_status(url):
+    assert post(url, model="gpt-17").status_code == 404
+    assert "tiny" in post(url, model="gpt-17").json()["error"]["message"]
+    assert post(url, model="tiny").status_code == 200
+    for content in ('{"prompt', "[1]", '{"prompt": "a", "temperature": NaN}', '{"prompt": "\\ud800"}', ""):
+        response = httpx.post(f"{url}/v1/completions", content=content,
+                              headers={"content-type": "application/json"})
+        assert response.status_code == 400 and response.json()["error"]["message"]
+    assert httpx.get(f"{url}/v1/nothing").json()["error"]["message"] == "Not Found"
+    assert httpx.get(f"{url}/v1/completions").status_code == 405
+    assert post(url).status_code == 200, "the server goes on"
+
+
+def test_null_and_default_values_of_unsupported_fields_are_accepted(url):
+    assert post(url, n=1, logprobs=None, stop=None, seed=None, echo=False, user="me").status_code == 200
+
+
+def test_a_key_is_required_where_there_is_one(tiny):
+    with serving(ContinuousEngine(*tiny), api_key="sesame") as url:
+        assert post(url).status_code == 401
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/health").status_code == 200
+        right = {"Authorization": "Bearer sesame"}
+        assert httpx.get(f"{url}/v1/models", headers=right).json()["data"][0]["id"] == "cbserver"
+        for wrong in ("Bearer sesam", "sesame", "Bearer sesame "  "x", "Bearer é"):
+            headers = {"Authorization": wrong.encode()}
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
+
+
+def test_a_full_queue_is_a_429_with_retry_after(tiny):
+    engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=1)
+    held = threading.Event()
+    step = engine.step
+    engine.step = lambda: (held.wait(30), step())  # nobody is admitted before the queue is full
+    with serving(engine) as url:
+        async def main():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as session:
+                body = {"prompt": "a", "max_tokens": 2}
+                first = asyncio.create_task(session.post("/v1/completions", json=body))
+                while engine.stats().waiting < 1:
+                    await asyncio.sleep(0.01)
+                refused = await session.post("/v1/completions", json=body)
+                held.set()
+                return await first, refused
+
+        first, refused = asyncio.run(main())
+    assert first.status_code == 200
+    assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+    assert "1 requests are waiting" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(tiny, stream):
+    engine = ContinuousEngine(*tiny, max_batch=1)
+    with serving(engine) as url:
+        async def main():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as session:
+                body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": stream}
+                task = asyncio.create_task(session.post("/v1/completions", json=body))
+                while engine.stats().generated_tokens < 3:
+                    await asyncio.sleep(0.01)
+                task.cancel()
+            for _ in range(1000):
+                if engine.stats().running == 0:
+                    break
+                await asyncio.sleep(0.01)
+
+        asyncio.run(main())
+        assert engine.stats().running == 0
+        assert engine.stats().generated_tokens < 2000, "it was ended early"
+        assert post(url).status_code == 200
+
+
+def test_when_the_engine_dies_health_says_so_and_requests_get_503(tiny, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the traceback is expected
+    engine = ContinuousEngine(*tiny)
+    engine.step = lambda: 1 / 0
+    with serving(engine) as url:
+        assert post(url).status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 503
+        assert post(url, stream=True).status_code == 503
+
+
+def pieces(tokenizer, tokens, stop=()):
+    detokenizer, out = Detokenizer(tokenizer, stop), []
+    for token in tokens:
+        out.append(detokenizer.push(token))
+        if detokenizer.stopped:
+            return out
+    return [*out, detokenizer.finish()]
+
+
+def test_pieces_add_up_to_the_text_and_hold_no_broken_character(tiny):
+    _, tokenizer = tiny
+    text = "Crème brûlée, 京都 🍜 — naïve façade"
+    out = pieces(tokenizer, tokenizer(text)["input_ids"])
+    assert "".join(out) == text
+    assert not any("\ufffd" in piece for piece in out)
+    for seed in range(50):  # random bytes, mostly no text at all
+        tokens = prompt(seed, 40)
+        assert "".join(pieces(tokenizer, tokens)) == text_of(tokenizer, tokens)
+
+
+def test_a_stop_string_never_leaks_not_even_its_first_half(tiny):
+    _, tokenizer = tiny
+    text = "one two END three"
+    for stop, want in ((("END",), "one two "), (("two", "END"), "one "), (("ENX",), text),
+                       (("three and more",), text), ((" END three!", "e t"), "on")):
+        out = pieces(tokenizer, tokenizer(text)["input_ids"], stop)
+        assert "".join(out) == want
+        for n in range(len(out)):
+            assert want.startswith("".join(out[:n]))
+
+
+def test_a_stop_string_ends_the_request_and_usage_counts_what_was_read(url):
+    text = post(url, max_tokens=30).json()["choices"][0]["text"]
+    stop = text[3:5]
+    answer = post(url, max_tokens=30, stop=stop).json()
+    assert answer["choices"][0] | {"logprobs": None} == {
+        "index": 0, "text": text[:text.index(stop)], "logprobs": None, "finish_reason": "stop"}
+    assert answer["usage"]["completion_tokens"] < 30

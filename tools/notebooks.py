@@ -1,0 +1,78 @@
+"""Keep the lessons in order: stamp the repository's address into them, run them and keep their outputs."""
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def repository():
+    """[project.urls] Repository of pyproject.toml: the one place that names it."""
+    return re.search(r'^Repository = "(.+?)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+
+
+def stamp():
+    """Put the repository's address into every Colab badge and clone command."""
+    slug = repository().removeprefix("https://github.com/")
+    for path in [*LESSONS, ROOT / "README.md"]:
+        text = path.read_text()
+        new = re.sub(r"(colab\.research\.google\.com/github/)[^/\s]+/[^/\s]+(/blob/)", rf"\g<1>{slug}\2", text)
+        new = re.sub(r'(REPOSITORY = \\?")https://github\.com/[^"\\]+', rf"\g<1>https://github.com/{slug}", new)
+        new = re.sub(r"(git clone )https://github\.com/\S+", rf"\g<1>https://github.com/{slug}", new)
+        if new != text:
+            path.write_text(new)
+            print("stamped", path.relative_to(ROOT))
+
+
+def execute(path, timeout=900, env=None):
+    """Run a notebook top to bottom in its own folder; returns it with outputs. Raises on an error."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    os.environ.update(env or {})
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3",
+                            resources={"metadata": {"path": str(Path(path).parent)}})
+    return client.execute()
+
+
+def tidy(notebook):
+    """Drop what changes from run to run and says nothing: counts, timings, ids of streams."""
+    for cell in notebook["cells"]:
+        cell["metadata"].pop("execution", None)
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = None
+            for output in cell["outputs"]:
+                output.pop("execution_count", None)
+                if output["output_type"] == "execute_result":
+                    output["execution_count"] = None
+    notebook["metadata"]["language_info"] = {"name": "python"}
+    return notebook
+
+
+def run(names):
+    """Execute lessons in place, outputs kept. names: parts of file names; none means all."""
+    for path in LESSONS:
+        if names and not any(name in path.name for name in names):
+            continue
+        began = time.perf_counter()
+        print(path.name, end=" ", flush=True)
+        notebook = tidy(execute(path))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+        temporary.replace(path)
+        print(f"{time.perf_counter() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    command, *rest = sys.argv[1:] or ["help"]
+    if command == "stamp":
+        stamp()
+    elif command == "run":
+        run(rest)
+    else:
+        sys.exit("usage: python tools/notebooks.py stamp | run [part of a lesson's name ...]")
