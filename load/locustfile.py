@@ -130,8 +130,11 @@ class StreamFailed(Exception):
 
 
 class CompletionUser(FastHttpUser):
-    """Sends one request after the other. FastHttpUser and not HttpUser: a third of the CPU time an
-    event, and on a small machine client and server share the cores."""
+    """Sends one request after the other.
+
+    FastHttpUser and not HttpUser: its `stream.readline` returns as soon as a line is there;
+    requests' `iter_lines` does so for chunked answers only. CPU time an event is about the same.
+    """
 
     host = "http://127.0.0.1:8000"
     wait_time = constant(0)

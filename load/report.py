@@ -83,7 +83,7 @@ def overview_figure(result):
     """Throughput on the left, latencies on the right: the picture of the README."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained",
-                                    width_ratios=[1.25, 1, 1])
+                                    width_ratios=[1.45, 1, 1])
         draw_throughput(axes[0], result)
         axes[0].set_title("Output throughput: more is better")
         draw_latencies(axes[1:], result)

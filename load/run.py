@@ -29,6 +29,8 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
     Returns {"records": list[RequestRecord], "summary": dict, "html": Path, "jsonl": Path};
     `out`/`name`.jsonl and `out`/`name`.html stay. Raises LoadFailed with one sentence.
     """
+    if requests < 1 and not steady_seconds:
+        raise LoadFailed(f"--requests is {requests}; send at least one.")
     host, out = host.rstrip("/"), Path(out)
     check_alive(host)
     out.mkdir(parents=True, exist_ok=True)

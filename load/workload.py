@@ -6,7 +6,7 @@ from itertools import count, islice
 # Sixteen output lengths in tokens. Half are short and a quarter long: a batch that waits for its
 # longest member wastes most of its slots on such a mix, one that admits on every step does not.
 MIXED = [8, 10, 12, 14, 16, 18, 20, 24, 36, 44, 52, 64, 104, 112, 120, 128]
-LENGTHS = {"mixed": MIXED, "short": [16]}
+LENGTHS = {"mixed": MIXED, "short": [16], "short-mixed": [2, 4, 4, 8, 8, 16, 32, 64]}
 
 ASKS = [
     "Explain {topic} to {reader}.", "Write a short note about {topic} for {reader}.",

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def setup():
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     install_missing()
+    warnings.filterwarnings("ignore", message="IProgress not found")
     import matplotlib
     import torch
     import transformers

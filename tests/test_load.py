@@ -88,6 +88,9 @@ class FakeServer(BaseHTTPRequestHandler):
 class Fleet(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 128
 
+    def handle_error(self, request, address):
+        """A client that went away is no news."""
+
 
 @pytest.fixture
 def serve():

@@ -46,12 +46,25 @@ def tidy(notebook):
         cell["metadata"].pop("execution", None)
         if cell["cell_type"] == "code":
             cell["execution_count"] = None
+            cell["outputs"] = merge(cell["outputs"])
             for output in cell["outputs"]:
                 output.pop("execution_count", None)
                 if output["output_type"] == "execute_result":
                     output["execution_count"] = None
     notebook["metadata"]["language_info"] = {"name": "python"}
     return notebook
+
+
+def merge(outputs):
+    """Consecutive prints of one stream as one output."""
+    merged = []
+    for output in outputs:
+        last = merged[-1] if merged else {}
+        if output.get("name") and output.get("name") == last.get("name"):
+            last["text"] += output["text"]
+        else:
+            merged.append(output)
+    return merged
 
 
 def run(names):
