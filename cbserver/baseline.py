@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'ModelUnavailable', 'random_llama', 'byte_tokenizer', 'embedded_smollm2', 'check_supported', 'default_dtype',
-           'load_model', 'default_model', 'pretrained', 'SamplingParams', 'sample', 'draw', 'TokenQueue',
+           'load_model', 'default_model', 'pretrained', 'SamplingParams', 'sample', 'draw', 'Streamer', 'generate',
            'generate_tokens']
 
 # %% ../notebooks/01_single_stream_baseline.ipynb #c04
@@ -198,54 +198,61 @@ def draw(logits, params, position):
     return order[torch.multinomial(chances, 1, generator=generator)].item()
 
 # %% ../notebooks/01_single_stream_baseline.ipynb #c19
-class TokenQueue(BaseStreamer):
-    "Queues the token ids of `generate()`, which puts the prompt (2-D) first; we skip that."
+class Streamer(BaseStreamer):
+    "Calls `on_token(token id)` for each token; `generate()` puts the prompt (2-D) first: skipped."
 
-    def __init__(self):
-        self.tokens, self.cancelled = queue.Queue(), False
+    def __init__(self, on_token):
+        self.on_token, self.stop = on_token, False
 
     def put(self, value):
         if value.dim() == 1:
-            self.tokens.put(value.item())
+            self.stop = bool(self.on_token(value.item()))
 
     def end(self):
         pass
 
-    def stop_if_cancelled(self, ids, scores):
-        return torch.full(ids.shape[:1], self.cancelled, device=ids.device)
+    def stopped(self, ids, scores):
+        "The stopping criterion that `generate()` asks after each token."
+        return torch.full(ids.shape[:1], self.stop, device=ids.device)
 
-# %% ../notebooks/01_single_stream_baseline.ipynb #c20
-def generate_tokens(model, prompt_tokens, params=SamplingParams()):
-    """Yield the token ids that `model.generate()` makes for one prompt, each as it is made.
 
-    Closing the generator stops generation within one token; an error in `generate()` is raised
-    here.
-    """
-    stream = TokenQueue()
+def generate(model, prompt_tokens, params, on_token):
+    "`model.generate()` for one prompt, in this thread; ends early when `on_token` returns true."
+    streamer = Streamer(on_token)
     options = dict(max_new_tokens=params.max_tokens, do_sample=params.temperature > 0,
-                   streamer=stream, stopping_criteria=[stream.stop_if_cancelled])
+                   streamer=streamer, stopping_criteria=[streamer.stopped])
     if params.temperature > 0:
         options |= dict(temperature=params.temperature, top_p=params.top_p, top_k=params.top_k)
     if params.ignore_eos:
         options["eos_token_id"] = None
+    if params.seed is not None:
+        torch.manual_seed(params.seed)
+    ids = torch.tensor([prompt_tokens], device=model.device)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+# %% ../notebooks/01_single_stream_baseline.ipynb #c22
+def generate_tokens(model, prompt_tokens, params=SamplingParams()):
+    """Yield the token ids that `model.generate()` makes for one prompt, each as it is made.
+
+    Closing the generator stops generation within a token. An error in `generate()` is raised here.
+    """
+    tokens, closed = queue.Queue(), threading.Event()
 
     def run():
         try:
-            if params.seed is not None:
-                torch.manual_seed(params.seed)
-            ids = torch.tensor([prompt_tokens], device=model.device)
-            model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-            stream.tokens.put(None)
+            generate(model, prompt_tokens, params,
+                     lambda token: tokens.put(token) or closed.is_set())
+            tokens.put(None)
         except Exception as error:
-            stream.tokens.put(error)
+            tokens.put(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while (token := stream.tokens.get()) is not None:
+        while (token := tokens.get()) is not None:
             if isinstance(token, Exception):
                 raise token
             yield token
     finally:
-        stream.cancelled = True
+        closed.set()
         thread.join()

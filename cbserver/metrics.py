@@ -41,7 +41,7 @@ class RequestRecord:
     @property
     def tpot(self):
         """Time per output token, seconds: (E2E - TTFT) / (N - 1); None for a single token."""
-        gaps = len(self.token_times) - 1
+        gaps = (self.completion_tokens or len(self.token_times)) - 1
         return (self.e2e - self.ttft) / gaps if gaps > 0 else None
 
 
@@ -77,7 +77,9 @@ def summarize(records, window=None):
     first, last = window or (min(r.start for r in done), max(r.token_times[-1] for r in done))
     tokens = sum(r.completion_tokens for r in done)
     if window:
-        tokens = sum(first <= t <= last for r in done for t in r.token_times)
+        # An event may carry several tokens, when a stream lagged: weigh it with their average.
+        tokens = round(sum(r.completion_tokens / len(r.token_times)
+                           for r in done for t in r.token_times if first <= t <= last))
     finished = sum(first <= r.token_times[-1] <= last for r in done)
     latencies = {"ttft": [r.ttft for r in done], "itl": [gap for r in done for gap in r.itl],
                  "tpot": [r.tpot for r in done if r.tpot is not None], "e2e": [r.e2e for r in done]}

@@ -13,7 +13,7 @@ from collections import deque, namedtuple
 from dataclasses import dataclass, field
 from enum import Enum
 
-from .baseline import SamplingParams, generate_tokens
+from .baseline import SamplingParams, generate
 
 Status = Enum("Status", "WAITING RUNNING FINISHED")
 
@@ -177,8 +177,8 @@ class SequentialEngine(Engine):
 
     def step(self):
         if sequence := self.take():
-            for token in generate_tokens(self.model, sequence.prompt_tokens, sequence.params):
+            def on_token(token):
                 self.deliver([sequence], [token])
-                if sequence.status is Status.FINISHED:
-                    break
+                return sequence.status is Status.FINISHED
+            generate(self.model, sequence.prompt_tokens, sequence.params, on_token)
         self.running.clear()

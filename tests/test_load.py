@@ -123,7 +123,7 @@ def test_the_mixed_workload_mixes_short_and_long_and_repeats_no_prompt():
     assert sorted(lengths)[len(lengths) // 2] < sum(lengths) / len(lengths)  # many short, some long
     assert len({r.prompt for r in workload(requests=1000)}) == 1000
     assert {r.max_tokens for r in workload("short", 20)} == {16}
-    assert set(LENGTHS) == {"mixed", "short"}
+    assert set(LENGTHS) == {"mixed", "short", "short-mixed"}
 
 
 def test_an_unknown_workload_is_refused_by_name():
