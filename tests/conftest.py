@@ -1,4 +1,4 @@
-"""What the tests share: the tiny model, its reference outputs, and an event loop that runs callbacks at once."""
+"""What the tests share: the tiny model, its reference outputs, and an engine stepped by hand."""
 import functools
 import os
 import sys
@@ -13,7 +13,7 @@ LONGEST = 48  # tokens that a reference holds
 
 
 class Instant:
-    """Stands in for an event loop, so that a test can step an engine by hand; `after` runs at each hop."""
+    """An event loop's stand-in, so that a test can step an engine; `after` runs at each hop."""
 
     def __init__(self, after=lambda: None):
         self.after = after
@@ -50,7 +50,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def reference(tiny):
-    """reference(prompt_tokens, count): what `model.generate` makes of one prompt alone, EOS ignored."""
+    """reference(prompt_tokens, count): what `model.generate` makes of it alone, EOS ignored."""
     import torch
 
     model, _ = tiny

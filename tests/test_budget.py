@@ -1,4 +1,4 @@
-"""The promises about size: the engine in 200 lines, the package in 900, cells that fit the screen."""
+"""The promises about size: the engine in 200 lines, the package in 900, cells that fit a screen."""
 import ast
 import io
 import json

@@ -1,4 +1,4 @@
-"""What a newcomer types: each mistake is one sentence and an exit code, each right command works."""
+"""What a newcomer types: a mistake is one sentence and an exit code, a right command works."""
 import os
 import signal
 import socket
@@ -26,8 +26,8 @@ def free_port():
 
 def test_help_explains_every_flag():
     shown = command("cbserver", "--help").stdout
-    for flag in ("--engine", "--model", "--host", "--port", "--max-batch", "--max-len", "--max-waiting",
-                 "--api-key", "--tunnel"):
+    for flag in ("--engine", "--model", "--host", "--port", "--max-batch", "--max-len",
+                 "--max-waiting", "--api-key", "--tunnel"):
         assert flag in shown
 
 
@@ -40,7 +40,8 @@ def test_a_busy_port_is_one_sentence():
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("model, words", [("random:huge", "random:tiny"), ("./no/such/folder", "smollm2")])
+@pytest.mark.parametrize("model, words", [("random:huge", "random:tiny"),
+                                          ("./no/such/folder", "smollm2")])
 def test_a_model_that_cannot_be_had_is_one_sentence(model, words):
     done = command("cbserver", "--model", model, "--port", str(free_port()), HF_HUB_OFFLINE="1")
     assert done.returncode != 0 and words in done.stderr
@@ -65,8 +66,8 @@ def test_absurd_arguments_are_refused(args):
 
 def test_the_server_serves_and_ends_on_sigterm():
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "cbserver", "--model", "random:tiny", "--port",
-                                str(port)], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "cbserver", "--model", "random:tiny",
+                                "--port", str(port)], cwd=ROOT)
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
         while time.monotonic() < deadline:

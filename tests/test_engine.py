@@ -1,4 +1,4 @@
-"""The engine's life: slots come back, limits are named, a client that leaves costs nothing, faults reach everybody."""
+"""The engine's life: slots come back, limits are named, leavers cost nothing, faults reach all."""
 import asyncio
 import threading
 
@@ -159,7 +159,14 @@ def test_an_engine_can_be_started_again(tiny, reference):
 
 
 def test_models_with_windows_or_odd_logits_are_refused_with_a_reason():
-    from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import (
+        Gemma2Config,
+        GPT2Config,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
 
     for config in (MistralConfig(), Gemma2Config(), GPT2Config()):
         with pytest.raises(ModelUnavailable, match="full attention"):

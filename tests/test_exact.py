@@ -119,7 +119,8 @@ def no_mask(cache, slots, positions, mask):
 
 @engines
 @pytest.mark.parametrize("bug", [mask_off_by_one, wrong_position, wrong_slot, no_mask])
-def test_the_exactness_check_fails_on_a_planted_bug(engine_class, bug, tiny, reference, monkeypatch):
+def test_the_exactness_check_fails_on_a_planted_bug(engine_class, bug, tiny, reference,
+                                                    monkeypatch):
     check(engine_class, tiny, reference, BUSY)
     select = SlotCache.select
     monkeypatch.setattr(SlotCache, "select", lambda cache, slots, positions: bug(
@@ -129,11 +130,12 @@ def test_the_exactness_check_fails_on_a_planted_bug(engine_class, bug, tiny, ref
 
 
 @engines
-def test_the_exactness_check_fails_when_rope_positions_are_wrong(engine_class, tiny, reference, monkeypatch):
+def test_the_exactness_check_fails_when_rotary_positions_are_wrong(engine_class, tiny, reference,
+                                                                   monkeypatch):
     model, _ = tiny
     forward = model.base_model.forward
 
-    def shifted(*args, position_ids, **kwargs):  # a constant shift is invisible to rotary embeddings
+    def shifted(*args, position_ids, **kwargs):  # rotary embeddings cannot see a constant shift
         return forward(*args, position_ids=position_ids * 2, **kwargs)
 
     monkeypatch.setattr(model.base_model, "forward", shifted)
@@ -213,8 +215,8 @@ def test_sampling_with_a_seed_is_the_same_whatever_else_is_in_the_batch(tiny):
         engine = by_hand(ContinuousEngine(*tiny, max_batch=4))
         for seed in range(neighbours):
             engine.submit(prompt(seed, 10 + seed), SamplingParams(30, temperature=1.3, seed=seed))
-        sequence = engine.submit(prompt(9, 8), SamplingParams(16, temperature=0.9, top_p=0.95, seed=42,
-                                                              ignore_eos=True))
+        params = SamplingParams(16, temperature=0.9, top_p=0.95, seed=42, ignore_eos=True)
+        sequence = engine.submit(prompt(9, 8), params)
         while sequence.status is not Status.FINISHED:
             engine.step()
         return sequence.generated_tokens

@@ -1,4 +1,4 @@
-"""The HTTP layer: every client its own tokens, every bad request a 4xx that names the limit, the server goes on."""
+"""The HTTP layer: every client its own tokens, bad requests a 4xx that names the limit."""
 import asyncio
 import contextlib
 import json
@@ -129,7 +129,8 @@ def test_other_refusals_have_their_own_status(url):
     assert post(url, model="gpt-17").status_code == 404
     assert "tiny" in post(url, model="gpt-17").json()["error"]["message"]
     assert post(url, model="tiny").status_code == 200
-    for content in ('{"prompt', "[1]", '{"prompt": "a", "temperature": NaN}', '{"prompt": "\\ud800"}', ""):
+    for content in ('{"prompt', "[1]", "", '{"prompt": "a", "temperature": NaN}',
+                    '{"prompt": "\\ud800"}'):
         response = httpx.post(f"{url}/v1/completions", content=content,
                               headers={"content-type": "application/json"})
         assert response.status_code == 400 and response.json()["error"]["message"]
@@ -139,7 +140,8 @@ def test_other_refusals_have_their_own_status(url):
 
 
 def test_null_and_default_values_of_unsupported_fields_are_accepted(url):
-    assert post(url, n=1, logprobs=None, stop=None, seed=None, echo=False, user="me").status_code == 200
+    fields = dict(n=1, logprobs=None, stop=None, seed=None, echo=False, user="me")
+    assert post(url, **fields).status_code == 200
 
 
 def test_a_key_is_required_where_there_is_one(tiny):

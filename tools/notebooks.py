@@ -1,4 +1,4 @@
-"""Keep the lessons in order: stamp the repository's address into them, run them and keep their outputs."""
+"""Keep the lessons in order: stamp the repository's address into them, run them, keep outputs."""
 import json
 import os
 import re
@@ -17,19 +17,21 @@ def repository():
 
 def stamp():
     """Put the repository's address into every Colab badge and clone command."""
-    slug = repository().removeprefix("https://github.com/")
+    address = repository()
+    slug = address.removeprefix("https://github.com/")
     for path in [*LESSONS, ROOT / "README.md"]:
         text = path.read_text()
-        new = re.sub(r"(colab\.research\.google\.com/github/)[^/\s]+/[^/\s]+(/blob/)", rf"\g<1>{slug}\2", text)
-        new = re.sub(r'(REPOSITORY = \\?")https://github\.com/[^"\\]+', rf"\g<1>https://github.com/{slug}", new)
-        new = re.sub(r"(git clone )https://github\.com/\S+", rf"\g<1>https://github.com/{slug}", new)
+        new = re.sub(r"(colab\.research\.google\.com/github/)[^/\s]+/[^/\s]+(/blob/)",
+                     rf"\g<1>{slug}\2", text)
+        new = re.sub(r'(REPOSITORY = \\?")https://github\.com/[^"\\]+', rf"\g<1>{address}", new)
+        new = re.sub(r"(git clone )https://github\.com/\S+", rf"\g<1>{address}", new)
         if new != text:
             path.write_text(new)
             print("stamped", path.relative_to(ROOT))
 
 
 def execute(path, timeout=900, env=None):
-    """Run a notebook top to bottom in its own folder; returns it with outputs. Raises on an error."""
+    """Run a notebook in its own folder; returns it with outputs. Raises on an error."""
     import nbformat
     from nbclient import NotebookClient
 
