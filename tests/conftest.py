@@ -43,9 +43,12 @@ def prompt(seed, length):
 
 @pytest.fixture(scope="session")
 def tiny():
+    import torch
+
     from cbserver.baseline import load_model
 
-    return load_model("random:tiny", device="cpu")
+    device = os.environ.get("CB_TEST_DEVICE", "cpu")  # cuda: the same claims on a GPU
+    return load_model("random:tiny", device=device, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +60,7 @@ def reference(tiny):
 
     @functools.cache
     def whole(tokens):
-        ids = torch.tensor([tokens])
+        ids = torch.tensor([tokens], device=model.device)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST,
                                 do_sample=False, eos_token_id=None)
         return output[0, len(tokens):].tolist()

@@ -180,7 +180,7 @@ def test_end_of_sequence_may_be_a_list_as_in_llama_instruct(tiny, reference):
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = [511, tokens[6]]
     try:
-        ids = torch.tensor([prompt(4, 12)])
+        ids = torch.tensor([prompt(4, 12)], device=model.device)
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20)
         for engine_class in (SequentialEngine, StaticEngine, ContinuousEngine):
             engine = by_hand(engine_class(model, tokenizer))
@@ -202,7 +202,7 @@ def test_the_tiny_model_is_sensitive_so_that_these_tests_can_fail(tiny, referenc
         changed += reference(tokens, 32) != reference(other, 32)
         distinct.append(len(set(reference(tokens, 32))))
         with torch.inference_mode():
-            whole = torch.tensor([tokens + reference(tokens, 32)])
+            whole = torch.tensor([tokens + reference(tokens, 32)], device=model.device)
             best = model(whole).logits[0, 23:-1].topk(2).values
             gaps.append((best[:, 0] - best[:, 1]).min().item())
     assert changed > 0.8 * 30
