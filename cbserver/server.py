@@ -20,6 +20,7 @@ import secrets
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated
 
@@ -473,8 +474,11 @@ def main(argv=None):
     "Load, say where it serves, serve."
     args = parse(argv)
     check_port(args.host, args.port)
+    # In a thread that ends: OpenMP keeps a team of workers for every thread that ran a parallel
+    # loop, and a second team in the process slowed the engine's own by a quarter on two cores.
     try:
-        engine = build_engine(args)
+        with ThreadPoolExecutor(1) as thread:
+            engine = thread.submit(build_engine, args).result()
     except ModelUnavailable as error:
         sys.exit(str(error))
     api_key, token = args.api_key, ngrok_token() if args.tunnel else None
