@@ -1,5 +1,6 @@
 """What a newcomer types: a mistake is one sentence and an exit code, a right command works."""
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -7,21 +8,17 @@ import sys
 import time
 
 import httpx
+import lesson
 import pytest
 from conftest import ROOT
 
 from cbserver.server import open_tunnel
+from load.server import ServerProcess, free_port, python_module
 
 
 def command(*args, **environment):
     return subprocess.run([sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True,
                           timeout=120, env={**os.environ, **environment})
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_help_explains_every_flag():
@@ -89,3 +86,33 @@ def test_without_a_token_there_is_no_tunnel_but_a_sentence(capsys):
     assert open_tunnel(8000, None) is None
     said = capsys.readouterr().out
     assert "NGROK_AUTHTOKEN" in said and len(said.strip().splitlines()) == 1
+
+
+def test_the_way_without_make_a_server_and_locust(tmp_path):
+    """`python -m cbserver`, then `locust -f load/locustfile.py --users 50 --spawn-rate 5`."""
+    with ServerProcess(python_module("cbserver", "--model", "random:tiny"),
+                       tmp_path / "server.log", say=lambda line: None) as server:
+        done = command("locust", "-f", "load/locustfile.py", "--users", "50", "--spawn-rate", "5",
+                       "--headless", "--run-time", "3s", "--only-summary", "--host", server.url)
+    assert done.returncode == 0, done.stderr
+    assert "TTFT" in done.stderr + done.stdout
+
+
+def test_make_says_what_is_missing(tmp_path):
+    for name in ("Makefile", "requirements.txt", "requirements-model.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "old-python"
+    pretend = "import sys; sys.version_info = (3, 8, 0)\nexec(sys.argv[1])"
+    old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{pretend}' \"$2\"\n")
+    old.chmod(0o755)
+    for python, words in (("no-such-python", "install Python 3.10 or newer"),
+                          (old, "3.10 or newer is")):
+        done = subprocess.run(["make", "demo", f"PYTHON={python}"], cwd=tmp_path, timeout=60,
+                              capture_output=True, text=True)
+        assert done.returncode != 0 and words in done.stdout + done.stderr
+    assert not (tmp_path / ".venv").exists(), "nothing half-written"
+
+
+def test_a_lesson_installs_nothing_where_everything_is_there(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail(f"runs {args}"))
+    lesson.install_missing()

@@ -15,8 +15,16 @@ from load import report  # noqa: E402
 
 def numbers(result):
     """The README's paragraph and table for one comparison."""
-    when = f"{result['workload']['requests']} requests, {result['workload']['users']} users"
-    return f"{report.table(result)}\n\n{report.setting(result)}, {when}: `{result['command']}`."
+    load = result["workload"]
+    spread = "; ".join(f"{name} {min(speeds):.1f}–{max(speeds):.1f}"
+                       for name, arm in report.arms_of(result)
+                       if (speeds := [run["tokens_per_s"] for run in arm["repeats"]]))
+    ratios = ", ".join(report.ratios(result).splitlines())
+    return "\n".join([
+        report.table(result), "",
+        f"{ratios}. {report.setting(result)}, {load['requests']} requests, median of "
+        f"{load['repeats']} runs (tokens/s: {spread}), `{result['command']}`, raw data in "
+        f"`figures/data/`. Greedy: {'; '.join(report.notes(result).splitlines())}."])
 
 
 def write_readme(text, readme):
