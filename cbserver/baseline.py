@@ -170,6 +170,11 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # applied where there is text: in the server, not in the engine
     ignore_eos: bool = False
 
+    @property
+    def greedy(self):
+        "Below 1e-5 dividing by the temperature would overflow; the likeliest token wins anyway."
+        return self.temperature < 1e-5
+
 
 def sample(logits, params, positions):
     """One token id a row: the likeliest, or a draw under that row's temperature, top_k and top_p.
@@ -179,7 +184,7 @@ def sample(logits, params, positions):
     """
     tokens = logits.argmax(-1).tolist()
     for row, (p, position) in enumerate(zip(params, positions)):
-        if p.temperature > 0:
+        if not p.greedy:
             tokens[row] = draw(logits[row].float(), p, position)
     return tokens
 
@@ -219,10 +224,11 @@ class Streamer(BaseStreamer):
 def generate(model, prompt_tokens, params, on_token):
     "`model.generate()` for one prompt, in this thread; ends early when `on_token` returns true."
     streamer = Streamer(on_token)
-    options = dict(max_new_tokens=params.max_tokens, do_sample=params.temperature > 0,
+    options = dict(max_new_tokens=params.max_tokens, do_sample=not params.greedy,
                    streamer=streamer, stopping_criteria=[streamer.stopped])
-    if params.temperature > 0:
-        options |= dict(temperature=params.temperature, top_p=params.top_p, top_k=params.top_k)
+    if not params.greedy:
+        options |= dict(temperature=float(params.temperature), top_p=params.top_p,
+                        top_k=params.top_k)
     if params.ignore_eos:
         options["eos_token_id"] = None
     if params.seed is not None:

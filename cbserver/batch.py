@@ -11,7 +11,7 @@ import torch
 from .baseline import sample
 from .sequence import Engine, Status
 
-# %% ../notebooks/03_padded_batch_step.ipynb #c18
+# %% ../notebooks/03_padded_batch_step.ipynb #c20
 class SlotCache:
     """Keys and values of all slots, allocated once: [layers, slots, kv_heads, max_len, head_dim].
 
@@ -40,7 +40,7 @@ class SlotCache:
         v[self.slots, :, self.positions] = values.transpose(1, 2)
         return k[self.rows, :, :self.span], v[self.rows, :, :self.span]
 
-# %% ../notebooks/03_padded_batch_step.ipynb #c20
+# %% ../notebooks/03_padded_batch_step.ipynb #c22
 class BatchRunner:
     "Runs the model for many sequences in one pass, each in its own slot."
 
@@ -71,7 +71,7 @@ class BatchRunner:
             sequence.position += len(tokens)
         return sample(logits, [s.params for s in sequences], [s.position for s in sequences])
 
-# %% ../notebooks/03_padded_batch_step.ipynb #c28
+# %% ../notebooks/03_padded_batch_step.ipynb #c30
 class StaticEngine(Engine):
     "Static batching: fill the slots, run until the longest sequence is done, fill them again."
 

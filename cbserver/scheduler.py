@@ -9,7 +9,7 @@ __all__ = ['ContinuousEngine']
 from .batch import StaticEngine
 from .sequence import Status
 
-# %% ../notebooks/04_continuous_batching.ipynb #c13
+# %% ../notebooks/04_continuous_batching.ipynb #c16
 class ContinuousEngine(StaticEngine):
     "Continuous batching: StaticEngine's slots and passes, but the batch changes on every step."
     prefill_budget = 1024  # prompt tokens after which a turn admits no more: running streams go on
@@ -17,6 +17,7 @@ class ContinuousEngine(StaticEngine):
     def step(self):
         self.evict()
         self.admit()
+        self.evict()  # who left or ended during the prefill
         self.decode()
 
     def evict(self):

@@ -67,8 +67,7 @@ class Sequence:
         self.status, self.finish_reason = Status.FINISHED, reason
 
 # %% ../notebooks/02_sequence_queue.ipynb #c13
-EngineStats = namedtuple(
-    "EngineStats", "running waiting slots steps prompt_tokens generated_tokens")
+EngineStats = namedtuple("Stats", "running waiting slots steps prompt_tokens generated_tokens")
 
 
 class Engine:
@@ -88,7 +87,7 @@ class Engine:
         self.eos = set(eos if isinstance(eos, list) else [eos])
         self.waiting, self.running = deque(), []
         self.steps = self.prompt_tokens = self.generated_tokens = 0
-        self.lock, self.stopping = threading.Condition(), True
+        self.lock, self.stopping = threading.Condition(), True  # its holder may take it again
 
     def submit(self, prompt_tokens, params=SamplingParams()):
         "Queue a request; raises PromptTooLong, ValueError, QueueFull or EngineStopped."
@@ -142,9 +141,10 @@ class Engine:
                 self.step()
                 self.steps += 1
         finally:
-            self.stopping = True
-            for sequence in [*self.waiting, *self.running]:
-                self.abort(sequence, "error")
+            with self.lock:  # or a request submitted meanwhile would wait for ever
+                self.stopping = True
+                for sequence in [*self.waiting, *self.running]:
+                    self.abort(sequence, "error")
 
     def wait_for_work(self):
         with self.lock:

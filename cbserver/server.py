@@ -30,13 +30,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from .baseline import ModelUnavailable, SamplingParams, load_model
 from .batch import StaticEngine
 from .scheduler import ContinuousEngine
-from .sequence import EngineStopped, QueueFull, SequentialEngine, Status
+from .sequence import EngineStopped, PromptTooLong, QueueFull, SequentialEngine
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c07
 class Detokenizer:
@@ -92,6 +92,15 @@ class StreamOptions(BaseModel):
 
 class GenerationRequest(BaseModel, extra="allow"):
     "What completions and chat have in common."
+
+    @model_validator(mode="before")
+    @classmethod
+    def null_means_default(cls, body):
+        "Clients send null for what they leave open."
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
     model: str | None = Field(None, description="the served model's name, or nothing")
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")
@@ -137,8 +146,10 @@ def submit(request, tokens, params):
     "Queue a request with the engine, or raise the APIError that fits."
     try:
         return request.app.state.engine.submit(tokens, params)
-    except ValueError as error:
+    except PromptTooLong as error:
         raise APIError(400, str(error), code="context_length_exceeded")
+    except ValueError as error:
+        raise APIError(400, str(error), "prompt")
     except QueueFull as error:
         raise APIError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
     except EngineStopped as error:
@@ -190,6 +201,9 @@ def chat_tokens(tokenizer, messages):
 
     if not tokenizer.chat_template:
         raise APIError(400, "this model has no chat template; use /v1/completions", "messages")
+    parts = [part for m in messages if isinstance(m.content, list) for part in m.content]
+    if other := [part.get("type") for part in parts if part.get("type") != "text"]:
+        raise APIError(400, f"content of type {other[0]!r} is not supported; send text", "messages")
     turns = [{"role": m.role, "content": text(m.content)} for m in messages]
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenize(tokenizer, prompt, add_special_tokens=False)
@@ -204,8 +218,8 @@ async def pieces(engine, sequence):
     try:
         async for token in sequence.stream():
             text, reason = detokenizer.push(token), None
-            last = sequence.status is Status.FINISHED
-            if last and len(detokenizer.tokens) == len(sequence.generated_tokens):
+            last = len(detokenizer.tokens) == len(sequence.generated_tokens)
+            if last and sequence.finish_reason in ("stop", "length"):
                 text, reason = text + detokenizer.finish(), sequence.finish_reason
             reason = "stop" if detokenizer.stopped else reason
             yield text, reason, len(detokenizer.tokens)
@@ -380,6 +394,9 @@ async def api_error(request, error):
 async def validation_error(request, error):
     "FastAPI's own refusals, as a 400 in the same shape; a field of several types has several."
     errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        reason = f"{errors[0]['ctx']['error']} at character {errors[0]['loc'][1]}"
+        return await api_error(request, APIError(400, f"the body is not JSON: {reason}"))
     param = str(errors[0]["loc"][1]) if len(errors[0]["loc"]) > 1 else None
     reasons = [e["msg"] for e in errors if param is None or param in map(str, e["loc"])]
     message = f"{param or 'body'}: {', or: '.join(dict.fromkeys(reasons))}"
@@ -443,6 +460,8 @@ def parse(argv=None):
     for name in ("max_batch", "max_len", "max_waiting"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if not 0 < args.port < 65536:
+        parser.error("--port must be 1 to 65535")
     return args
 
 

@@ -18,7 +18,7 @@ SMOKE = os.environ.get("CB_SMOKE") == "1"  # tests run the lessons on a tiny ran
 def setup():
     """Make the course importable, install what is missing, say what is here.
 
-    It never installs torch, transformers or numpy.
+    What is installed stays: Colab's own torch, transformers and numpy above all.
     """
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
@@ -31,6 +31,9 @@ def setup():
     matplotlib.rcParams.update({"figure.dpi": 80, "font.size": 11,
                                 "axes.grid": True, "grid.alpha": 0.3,
                                 "axes.spines.top": False, "axes.spines.right": False})
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise RuntimeError(f"transformers {transformers.__version__} is too old for this course: "
+                           "run `pip install 'transformers>=5.15,<6'` and restart the kernel.")
     where = f"{os.cpu_count()} CPU cores, no GPU"
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()

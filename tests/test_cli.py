@@ -55,7 +55,8 @@ def test_the_embedded_model_missing_says_what_to_install(tmp_path):
     assert not (tmp_path / "cache").exists(), "nothing half-written"
 
 
-@pytest.mark.parametrize("args", [("--max-batch", "0"), ("--max-len", "-1"), ("--engine", "magic")])
+@pytest.mark.parametrize("args", [("--max-batch", "0"), ("--max-len", "-1"), ("--port", "99999"),
+                                  ("--engine", "magic")])
 def test_absurd_arguments_are_refused(args):
     done = command("cbserver", *args)
     assert done.returncode == 2 and args[0] in done.stderr

@@ -47,6 +47,25 @@ def test_a_cancelled_request_frees_its_slot_by_the_next_step(tiny):
     assert received(first)[-1] is None and first.finish_reason == "abort"
 
 
+def test_a_client_that_leaves_during_its_prefill_harms_nobody(tiny, reference):
+    engine = by_hand(ContinuousEngine(*tiny, max_batch=2))
+    prefill = engine.runner.prefill
+
+    def abort_meanwhile(sequences):
+        engine.abort(sequences[0])
+        return prefill(sequences)
+
+    engine.runner.prefill = abort_meanwhile
+    gone = engine.submit(prompt(1, 5), FOREVER)
+    engine.step()
+    assert gone.finish_reason == "abort" and received(gone) == [None] and not engine.running
+    engine.runner.prefill = prefill
+    other = engine.submit(prompt(2, 5), SamplingParams(3, ignore_eos=True))
+    while other.status is not Status.FINISHED:
+        engine.step()
+    assert other.generated_tokens == reference(prompt(2, 5), 3)
+
+
 def test_a_cancelled_waiting_request_never_runs(tiny):
     engine = by_hand(ContinuousEngine(*tiny, max_batch=1))
     sequences = [engine.submit(prompt(i, 5), SamplingParams(4, ignore_eos=True)) for i in range(3)]

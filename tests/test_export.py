@@ -35,8 +35,8 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
     assert len(exported) >= len(LESSONS)
     for name in exported:
         (tmp_path / "cbserver" / name).unlink()
-    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
-                   cwd=tmp_path, check=True)
+    export = "from nbdev.doclinks import nbdev_export; nbdev_export()"
+    subprocess.run([sys.executable, "-c", export], cwd=tmp_path, check=True)
     for name in exported:
         fresh, committed = (root / "cbserver" / name for root in (tmp_path, ROOT))
         assert fresh.read_text() == committed.read_text(), f"{name} is stale: run `make export`"

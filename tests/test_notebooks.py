@@ -26,3 +26,4 @@ def test_the_lesson_runs_from_top_to_bottom(copy, name, monkeypatch):
     notebook = tool().execute(copy / "notebooks" / name, timeout=120)
     printed = json.dumps([c.get("outputs") for c in notebook["cells"]], ensure_ascii=False)
     assert "✓" in printed, "the lesson's checks print what they verified"
+    assert "image/png" in printed, "the lesson shows a figure"

@@ -142,6 +142,18 @@ def test_other_refusals_have_their_own_status(url):
 def test_null_and_default_values_of_unsupported_fields_are_accepted(url):
     fields = dict(n=1, logprobs=None, stop=None, seed=None, echo=False, user="me")
     assert post(url, **fields).status_code == 200
+    nulls = dict.fromkeys(("temperature", "top_p", "stream", "stream_options", "max_tokens"))
+    assert post(url, **nulls).status_code == 200
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(url):
+    assert post(url, temperature=1e-40).json()["choices"] == post(url).json()["choices"]
+
+
+def test_content_that_is_not_text_is_refused_not_dropped(url):
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}
+    response = post(url, "/v1/chat/completions", **body)
+    assert response.status_code == 400 and "'image_url'" in response.json()["error"]["message"]
 
 
 def test_a_key_is_required_where_there_is_one(tiny):
