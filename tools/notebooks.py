@@ -71,6 +71,8 @@ def merge(outputs):
 
 def run(names):
     """Execute lessons in place, outputs kept. names: parts of file names; none means all."""
+    from nbdev.clean import nbdev_clean
+
     for path in LESSONS:
         if names and not any(name in path.name for name in names):
             continue
@@ -80,6 +82,7 @@ def run(names):
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
         temporary.replace(path)
+        nbdev_clean(str(path))  # one layout, whoever wrote the file: small diffs
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
 
