@@ -8,7 +8,7 @@ __all__ = ['SlotCache', 'BatchRunner', 'StaticEngine']
 # %% ../notebooks/03_padded_batch_step.ipynb #c03
 import torch
 
-from .baseline import sample
+from .baseline import fetch, kv_shape, resample, upload, with_attention
 from .sequence import Engine, Status
 
 # %% ../notebooks/03_padded_batch_step.ipynb #c20
@@ -20,70 +20,127 @@ class SlotCache:
     """
 
     def __init__(self, model, slots, max_len):
-        c = model.config
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        shape = (2, c.num_hidden_layers, slots, c.num_key_value_heads, max_len, head_dim)
-        self.keys, self.values = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        layers, kv_heads, head_dim = kv_shape(model)
+        self.keys, self.values = torch.zeros(2, layers, slots, kv_heads, max_len, head_dim,
+                                             dtype=model.dtype, device=model.device)
+        self.max_len, self.index = max_len, torch.arange(max(slots, max_len), device=model.device)
 
-    def select(self, slots, positions):
-        "Where the next pass writes: positions [rows, new]. Returns its mask [rows, 1, new, span]."
-        self.slots = torch.tensor(slots, device=positions.device)[:, None]  # [rows, 1]
-        self.positions, self.span = positions, int(positions.max()) + 1
-        # Slots 0, 1, … n-1 are a slice, which copies nothing; others are gathered.
-        self.rows = slice(len(slots)) if slots == [*range(len(slots))] else slots
-        return torch.arange(self.span, device=positions.device) <= positions[:, None, :, None]
+    def select(self, slots, positions, span=None):
+        """Where the next pass writes: slots (a slice, or ids [rows]), positions [rows, new].
+
+        span: how many positions of its slot a row looks at; returns the mask [rows, 1, new, span].
+        None: rows begin at position 0 and see the new ones only, so there is no mask.
+        """
+        self.slots, self.positions, self.span = slots, positions, span and min(span, self.max_len)
+        return None if span is None else self.index[:self.span] <= positions[:, None, :, None]
 
     def update(self, keys, values, layer, *args, **kwargs):
-        "Store new keys, values: [rows, kv_heads, new, head_dim]; return each row's first `span`."
+        "Store new keys, values: [rows, kv_heads, new, head_dim]; return those the rows look at."
         k, v = self.keys[layer], self.values[layer]  # [slots, kv_heads, max_len, head_dim]
-        k[self.slots, :, self.positions] = keys.transpose(1, 2)
-        v[self.slots, :, self.positions] = values.transpose(1, 2)
-        return k[self.rows, :, :self.span], v[self.rows, :, :self.span]
+        at = self.index[self.slots][:, None], slice(None), self.positions
+        k[at], v[at] = keys.transpose(1, 2), values.transpose(1, 2)
+        seen = self.slots, slice(None), slice(self.span)
+        return (k[seen], v[seen]) if self.span else (keys, values)
 
 # %% ../notebooks/03_padded_batch_step.ipynb #c22
 class BatchRunner:
-    "Runs the model for many sequences in one pass, each in its own slot."
+    """Runs the model for many sequences in one pass, each in its own slot.
+
+    The token that each slot reads next, and its position, stay on the device: no step waits for
+    the CPU. The last slot belongs to nobody: rows that only pad a pass write there.
+    """
 
     def __init__(self, model, slots, max_len):
-        self.model, self.cache = model, SlotCache(model, slots, max_len)
+        self.model, self.cache = with_attention(model), SlotCache(model, slots + 1, max_len)
+        self.tokens, self.positions = self.cache.index.new_zeros(2, slots + 1)
+        self.launched = [([], list)] if model.device.type == "cuda" else []
 
-    def prefill(self, sequences):
-        "Read the prompts of newly admitted sequences; returns the first token of each."
-        return self.forward(sequences, [s.prompt_tokens for s in sequences])
-
-    def decode(self, sequences):
-        "Returns the next token of each running sequence; cheapest in the order of their slots."
-        return self.forward(sequences, [s.generated_tokens[-1:] for s in sequences])
+    def forward(self, tokens, positions, slots, span=None):
+        "tokens, positions: [rows, new] -> hidden states [rows, new, hidden]."
+        return self.model.base_model(tokens, position_ids=positions, past_key_values=self.cache,
+                                     attention_mask=self.cache.select(slots, positions, span))[0]
 
     @torch.inference_mode()
-    def forward(self, sequences, new):
-        "new: for each sequence the tokens that its slot lacks. Returns one token id for each."
-        device, width = self.model.device, max(map(len, new))
-        start = torch.tensor([[s.position] for s in sequences], device=device)  # [rows, 1]
-        tokens = torch.tensor([n + [0] * (width - len(n)) for n in new], device=device)
-        positions = start + torch.arange(width, device=device)  # [rows, width]
-        mask = self.cache.select([s.slot for s in sequences], positions)
-        hidden = self.model.base_model(tokens, attention_mask=mask, position_ids=positions,
-                                       past_key_values=self.cache)[0]  # [rows, width, hidden]
-        last = hidden[torch.arange(len(new)), [len(n) - 1 for n in new]]  # [rows, hidden]
-        logits = self.model.get_output_embeddings()(last)  # [rows, vocabulary]
-        for sequence, tokens in zip(sequences, new):
-            sequence.position += len(tokens)
-        return sample(logits, [s.params for s in sequences], [s.position for s in sequences])
+    def prefill(self, sequences, budget):
+        """Read at most `budget` tokens of the prompts that are not read yet, the first ones first.
+
+        Only a prompt longer than the budget is read in pieces. Pieces of like length (up to 64
+        tokens, 128, 256, …) share a pass. Decode will read a prompt's last token once more, for
+        the logits; so all sampling is done there.
+        """
+        groups, left = {}, budget
+        for s in sequences:
+            start, end = s.position, min(s.position + budget, len(s.prompt_tokens))
+            if start < end <= start + left:
+                piece = [s.slot, last := min(end, len(s.prompt_tokens) - 1), s.prompt_tokens[last],
+                         *s.prompt_tokens[start:end]]
+                groups.setdefault((start, max(end - start - 1, 63).bit_length()), []).append(piece)
+                s.position, left = end, left - (end - start)
+        for (start, _), pieces in groups.items():
+            self.read(upload(pieces, self.tokens.device), start, start + budget if start else None)
+
+    def read(self, rows, start, span):
+        "rows: [prompts, 3 + new]: slot, position to go on from, token there, the piece itself."
+        (slots, next_positions, next_tokens), tokens = rows[:, :3].T, rows[:, 3:]
+        positions = (start + self.cache.index[:tokens.shape[1]]).clamp(max=self.cache.max_len - 1)
+        self.forward(tokens, positions.expand_as(tokens), slots, span)
+        self.tokens[slots], self.positions[slots] = next_tokens, next_positions
+
+    @torch.inference_mode()
+    def decode(self, sequences):
+        """Start a pass for the next token of each; returns (sequences, tokens) that are ready.
+
+        On a CPU those of this pass; on a GPU of the one before, so that this one runs meanwhile.
+        """
+        slots = [s.slot for s in sequences]
+        if sequences:
+            logits = self.step(max(slots) + 1, max(s.position for s in sequences))
+            resample(self.tokens, logits, slots, [s.params for s in sequences],
+                     [s.position for s in sequences])
+            for s in sequences:
+                s.position += 1
+        self.launched.append((sequences, fetch(self.tokens, slots)))
+        sequences, tokens = self.launched.pop(0)
+        return sequences, tokens()
+
+    def step(self, rows, span):
+        "One token for slots 0 … rows - 1, idle ones among them; returns logits [rows, vocabulary]."
+        tokens, positions = self.tokens[:rows], self.positions[:rows]
+        hidden = self.forward(tokens[:, None], positions[:, None], slice(rows), span)
+        logits = self.model.get_output_embeddings()(hidden[:, -1])
+        tokens.copy_(logits.argmax(-1))
+        positions.add_(1).clamp_(max=self.cache.max_len - 1)  # idle rows count on: not past the end
+        return logits
 
 # %% ../notebooks/03_padded_batch_step.ipynb #c30
 class StaticEngine(Engine):
-    "Static batching: fill the slots, run until the longest sequence is done, fill them again."
+    """Static batching: fill the slots, run until the longest sequence is done, fill them again.
 
-    def __init__(self, model, tokenizer, max_batch=16, max_len=None, max_waiting=256):
+    prefill_budget: prompt tokens read in one turn; a longer prompt is read in pieces.
+    runner: the class that runs the passes, BatchRunner or one that does the same faster.
+    """
+
+    def __init__(self, model, tokenizer, max_batch=16, max_len=None, max_waiting=256,
+                 prefill_budget=512, runner=BatchRunner):
         super().__init__(model, tokenizer, max_batch, max_len, max_waiting)
-        self.runner = BatchRunner(model, max_batch, self.max_len)
+        self.runner, self.prefill_budget = runner(model, max_batch, self.max_len), prefill_budget
 
     def step(self):
-        while len(self.running) < self.max_batch and (sequence := self.take()):
-            sequence.slot = len(self.running) - 1
-        if self.running:
-            self.deliver(self.running, self.runner.prefill(self.running))
-        while active := [s for s in self.running if s.status is Status.RUNNING]:
-            self.deliver(active, self.runner.decode(active))
-        self.running = []
+        "One turn: change the batch if it is time to, read prompts, decode all rows, deliver."
+        if self.may_change():
+            self.evict()
+            self.admit()
+        self.runner.prefill(self.running, self.prefill_budget)
+        self.deliver(*self.runner.decode([s for s in self.running if s.status is Status.RUNNING
+                                          and s.position >= len(s.prompt_tokens)]))
+
+    def may_change(self):
+        return all(s.status is Status.FINISHED for s in self.running)
+
+    def evict(self):
+        self.running = [s for s in self.running if s.status is Status.RUNNING]
+
+    def admit(self):
+        "Give the free slots, lowest first, to those who wait."
+        for slot in sorted({*range(self.max_batch)} - {s.slot for s in self.running}):
+            self.take(slot)

@@ -7,32 +7,10 @@ __all__ = ['ContinuousEngine']
 
 # %% ../notebooks/04_continuous_batching.ipynb #c03
 from .batch import StaticEngine
-from .sequence import Status
 
 # %% ../notebooks/04_continuous_batching.ipynb #c16
 class ContinuousEngine(StaticEngine):
-    "Continuous batching: StaticEngine's slots and passes, but the batch changes on every step."
-    prefill_budget = 1024  # prompt tokens after which a turn admits no more: running streams go on
+    "Continuous batching: StaticEngine's slots and passes, but the batch may change on every step."
 
-    def step(self):
-        self.evict()
-        self.admit()
-        self.evict()  # who left or ended during the prefill
-        self.decode()
-
-    def evict(self):
-        self.running = [s for s in self.running if s.status is Status.RUNNING]
-
-    def admit(self):
-        admitted, budget = [], self.prefill_budget
-        for slot in sorted({*range(self.max_batch)} - {s.slot for s in self.running}):
-            if budget <= 0 or not (sequence := self.take()):
-                break
-            sequence.slot, budget = slot, budget - len(sequence.prompt_tokens)
-            admitted.append(sequence)
-        if admitted:
-            self.deliver(admitted, self.runner.prefill(admitted))
-
-    def decode(self):
-        if rows := sorted(self.running, key=lambda s: s.slot):
-            self.deliver(rows, self.runner.decode(rows))
+    def may_change(self):
+        return True

@@ -5,11 +5,9 @@
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -20,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from load import report
+from load.results import first_gpu, hardware, order, versions, write_json
 from load.run import add_load_options, busy_span, exit_with, run_load
 from load.server import LoadFailed, ServerProcess, first_model, python_module, warm_up
 
@@ -53,12 +52,6 @@ def compare(options):
         result["same_text"] = same_text({name: texts[name] for name in result["arms"]})
         write_json(result, path)
     return json.loads(path.read_text())
-
-
-def order(arms, repeats):
-    """[(repeat, arm), ...]; odd repeats run backwards, so that no arm is always the first."""
-    return [(repeat, arm) for repeat in range(repeats)
-            for arm in (list(arms)[::-1] if repeat % 2 else arms)]
 
 
 def run_arm(arm, repeat, options, say):
@@ -135,21 +128,6 @@ def thin(samples):
     return [[round(statistics.fmean(column), 1) for column in zip(*group)] for group in groups]
 
 
-def first_gpu():
-    """NVML's handle of the GPU that CUDA would take first; None without one, or if it can't say."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        handle = (pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit()
-                  else pynvml.nvmlDeviceGetHandleByUUID(visible.encode()))
-        pynvml.nvmlDeviceGetUtilizationRates(handle)  # a slice of a GPU refuses this
-        return handle
-    except Exception:  # no package, no driver, no device: all mean "no GPU to watch"
-        return None
-
-
 def arm_result(runs):
     """What an arm's repeats come to: medians, sums of failures, and every repeat's own numbers."""
     names = ["tokens_per_s", "requests_per_s", "ttft_ms", "itl_ms", "tpot_ms", "e2e_ms",
@@ -185,59 +163,17 @@ def same_text(texts):
 
 def describe(options):
     """Everything a reader needs to know to run this again."""
-    packages = ("torch", "transformers", "fastapi", "uvicorn", "locust")
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    packages = versions("torch", "transformers", "fastapi", "uvicorn", "locust")
     steady = options.steady_seconds
     protocol = (f"seeded stream, at least {options.min_requests} requests and {steady:g} s with "
                 "all users in flight" if steady else f"one list of {options.requests} requests")
     load = {"name": options.workload, "seed": options.seed, "users": options.users,
             "spawn_rate": options.spawn_rate, "requests": None if steady else options.requests,
             "protocol": protocol, "repeats": options.repeats}
-    return {"hardware": hardware(), "model": options.model, "versions": versions,
+    return {"hardware": hardware(), "model": options.model, "versions": packages,
             "command": shlex.join(["python", "-m", "load.compare", *options.arguments]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "workload": load, "max_len": options.max_len, "engine_args": options.engine_args}
-
-
-def hardware():
-    """The GPU's name, or the CPU's and its number of cores."""
-    if (gpu := first_gpu()) is not None:
-        import pynvml
-
-        name = pynvml.nvmlDeviceGetName(gpu)
-        return name.decode() if isinstance(name, bytes) else name
-    return f"{os.cpu_count()} CPU cores ({cpu_name()})"
-
-
-def cpu_name():
-    """Linux keeps the name in /proc/cpuinfo; elsewhere the architecture has to do."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def write_json(result, path):
-    """Write a file whole or not at all."""
-    draft = path.with_suffix(".json.part")
-    draft.write_text(json_text(result) + "\n")
-    os.replace(draft, path)
-
-
-def json_text(result, indent=""):
-    """JSON with a line for each entry of a dict, and each list of plain values on one line."""
-    inner = indent + "  "
-    if isinstance(result, dict) and result:
-        lines = [f"{inner}{json.dumps(k)}: {json_text(v, inner)}" for k, v in result.items()]
-        return "{\n" + ",\n".join(lines) + "\n" + indent + "}"
-    if isinstance(result, list) and any(isinstance(item, dict) for item in result):
-        lines = [inner + json_text(item, inner) for item in result]
-        return "[\n" + ",\n".join(lines) + "\n" + indent + "]"
-    return json.dumps(result, ensure_ascii=False)
 
 
 def parse(arguments=None):

@@ -84,3 +84,35 @@ def prompt(seed, index):
     opening = f"Hello, here is question {index + 1}."
     details = rng.sample(DETAILS, rng.randrange(3))
     return " ".join([opening, ask, *details]).format(n=rng.randrange(3, 60))
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """One request of a workload without text: its prompt as token ids, how many it wants back."""
+
+    prompt_tokens: list
+    max_tokens: int
+
+
+def token_workload(name, requests, seed=0, longest=256, vocab=128_000):
+    """Seeded requests of token ids below `vocab`, for engines without HTTP: list[TokenRequest].
+
+    uniform: prompts and outputs of 16 to `longest` tokens. chat: lengths log-normal as in chat
+    traces (medians 120 in, 150 out), and every 32nd prompt has 2,000 to 4,000 tokens.
+    """
+    rng = random.Random(seed)
+
+    def uniform(_):
+        prompt = [rng.randrange(vocab) for _ in range(rng.randint(16, longest))]
+        return TokenRequest(prompt, rng.randint(16, longest))
+
+    def chat(i):
+        length = int(min(1000, max(8, rng.lognormvariate(4.8, 0.9))))
+        length = rng.randint(2000, 4000) if i % 32 == 31 else length
+        wanted = int(min(500, max(8, rng.lognormvariate(5.0, 0.6))))
+        return TokenRequest([rng.randrange(vocab) for _ in range(length)], wanted)
+
+    kinds = {"uniform": uniform, "chat": chat}
+    if name not in kinds:
+        raise ValueError(f"No token workload {name!r}; there are {', '.join(kinds)}.")
+    return [kinds[name](i) for i in range(requests)]

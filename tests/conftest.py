@@ -30,8 +30,13 @@ def by_hand(engine, after=lambda: None):
 
 
 def received(sequence):
-    """Everything on a sequence's queue: its tokens, then None."""
-    return [sequence.out.get_nowait() for _ in range(sequence.out.qsize())]
+    """What a reader of the stream gets at the end; fails if it would wait for ever."""
+    import asyncio
+
+    async def read():
+        return [token async for token in sequence.stream()]
+
+    return asyncio.run(asyncio.wait_for(read(), 10))
 
 
 def prompt(seed, length):

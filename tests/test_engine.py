@@ -5,10 +5,18 @@ import threading
 import pytest
 from conftest import by_hand, prompt, received
 
-from cbserver.baseline import ModelUnavailable, SamplingParams, check_supported, load_model
+from cbserver.baseline import (
+    EngineStopped,
+    ModelUnavailable,
+    PromptTooLong,
+    QueueFull,
+    SamplingParams,
+    check_supported,
+    load_model,
+)
 from cbserver.batch import StaticEngine
 from cbserver.scheduler import ContinuousEngine
-from cbserver.sequence import EngineStopped, PromptTooLong, QueueFull, SequentialEngine, Status
+from cbserver.sequence import SequentialEngine, Status
 
 ALL = pytest.mark.parametrize("engine_class", [SequentialEngine, StaticEngine, ContinuousEngine])
 FOREVER = SamplingParams(40, ignore_eos=True)
@@ -44,21 +52,21 @@ def test_a_cancelled_request_frees_its_slot_by_the_next_step(tiny):
     engine.abort(first)
     engine.step()
     assert second.status is Status.RUNNING and second.slot == first.slot
-    assert received(first)[-1] is None and first.finish_reason == "abort"
+    assert received(first) == first.generated_tokens and first.finish_reason == "abort"
 
 
 def test_a_client_that_leaves_during_its_prefill_harms_nobody(tiny, reference):
     engine = by_hand(ContinuousEngine(*tiny, max_batch=2))
     prefill = engine.runner.prefill
 
-    def abort_meanwhile(sequences):
+    def abort_meanwhile(sequences, budget):
         engine.abort(sequences[0])
-        return prefill(sequences)
+        return prefill(sequences, budget)
 
     engine.runner.prefill = abort_meanwhile
     gone = engine.submit(prompt(1, 5), FOREVER)
     engine.step()
-    assert gone.finish_reason == "abort" and received(gone) == [None] and not engine.running
+    assert gone.finish_reason == "abort" and received(gone) == [] and not gone.generated_tokens
     engine.runner.prefill = prefill
     other = engine.submit(prompt(2, 5), SamplingParams(3, ignore_eos=True))
     while other.status is not Status.FINISHED:
@@ -92,19 +100,29 @@ def test_static_batching_makes_the_next_wait_for_the_longest(tiny):
     engine = by_hand(StaticEngine(*tiny, max_batch=2))
     sequences = [engine.submit(prompt(i, 5), SamplingParams(n, ignore_eos=True))
                  for i, n in ((1, 3), (2, 30), (3, 3))]
-    engine.step()
-    assert [s.status.name for s in sequences] == ["FINISHED", "FINISHED", "WAITING"]
-
-
-def test_a_turn_admits_no_more_than_the_prefill_budget(tiny):
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=8))
-    engine.prefill_budget = 25
-    sequences = [engine.submit(prompt(i, 20), FOREVER) for i in range(5)]
-    running = []
-    for _ in range(3):
+    while sequences[1].status is not Status.FINISHED:
+        assert sequences[2].status is Status.WAITING
         engine.step()
-        running.append(sum(s.status is Status.RUNNING for s in sequences))
-    assert running == [2, 4, 5]
+    assert sequences[0].finish_reason == "length"
+    engine.step()
+    assert sequences[2].status is Status.RUNNING
+
+
+def test_a_turn_reads_no_more_prompt_tokens_than_the_budget(tiny, reference):
+    engine = by_hand(ContinuousEngine(*tiny, max_batch=8, prefill_budget=25))
+    lengths = [20, 60, 20]  # the second is longer than the budget: it is read in pieces
+    sequences = [engine.submit(prompt(i, n), SamplingParams(9, ignore_eos=True))
+                 for i, n in enumerate(lengths)]
+    read, generated = [], []
+    for _ in range(5):
+        engine.step()
+        read.append([min(s.position, n) for s, n in zip(sequences, lengths)])
+        generated.append([len(s.generated_tokens) for s in sequences])
+    assert read == [[20, 0, 0], [20, 25, 0], [20, 50, 0], [20, 60, 0], [20, 60, 20]]
+    assert [g[0] for g in generated] == [1, 2, 3, 4, 5], "a running stream gets a token every turn"
+    assert generated[-1] == [5, 2, 1]
+    for i, s in enumerate(sequences):
+        assert s.generated_tokens == reference(prompt(i, lengths[i]), 9)[:len(s.generated_tokens)]
 
 
 @ALL

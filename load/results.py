@@ -1,0 +1,75 @@
+"""What a measurement needs beside its numbers: hardware, versions, order, a safe way to disk."""
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+
+def hardware():
+    """The GPU's name, or the CPU's and its number of cores."""
+    if (gpu := first_gpu()) is not None:
+        import pynvml
+
+        name = pynvml.nvmlDeviceGetName(gpu)
+        return name.decode() if isinstance(name, bytes) else name
+    return f"{os.cpu_count()} CPU cores ({cpu_name()})"
+
+
+def cpu_name():
+    """Linux keeps the name in /proc/cpuinfo; elsewhere the architecture has to do."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def first_gpu():
+    """NVML's handle of the GPU that CUDA would take first; None without one, or if it can't say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        handle = (pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit()
+                  else pynvml.nvmlDeviceGetHandleByUUID(visible.encode()))
+        pynvml.nvmlDeviceGetUtilizationRates(handle)  # a slice of a GPU refuses this
+        return handle
+    except Exception:  # no package, no driver, no device: all mean "no GPU to watch"
+        return None
+
+
+def versions(*packages):
+    """Python's version and those of the packages that are installed: {name: version}."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def order(cases, repeats):
+    """[(repeat, case), ...]; odd repeats run backwards, so that no case is always the first."""
+    return [(repeat, case) for repeat in range(repeats)
+            for case in (list(cases)[::-1] if repeat % 2 else cases)]
+
+
+def write_json(result, path):
+    """Write a file whole or not at all."""
+    draft = path.with_suffix(".json.part")
+    draft.write_text(json_text(result) + "\n")
+    os.replace(draft, path)
+
+
+def json_text(result, indent=""):
+    """JSON with a line for each entry of a dict, and each list of plain values on one line."""
+    inner = indent + "  "
+    if isinstance(result, dict) and result:
+        lines = [f"{inner}{json.dumps(k)}: {json_text(v, inner)}" for k, v in result.items()]
+        return "{\n" + ",\n".join(lines) + "\n" + indent + "}"
+    if isinstance(result, list) and any(isinstance(item, dict) for item in result):
+        lines = [inner + json_text(item, inner) for item in result]
+        return "[\n" + ",\n".join(lines) + "\n" + indent + "]"
+    return json.dumps(result, ensure_ascii=False)
