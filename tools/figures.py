@@ -10,7 +10,10 @@ sys.path.insert(0, str(ROOT))
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
-from load import report  # noqa: E402
+from load import ladder, report  # noqa: E402
+from load.offline import table  # noqa: E402
+
+DATA = ROOT / "figures" / "data"
 
 
 def numbers(result):
@@ -27,20 +30,56 @@ def numbers(result):
         f"`figures/data/`. Greedy: {'; '.join(report.notes(result).splitlines())}."])
 
 
-def write_readme(text, readme):
-    """`readme` with the text between its two markers replaced."""
-    marked = re.compile(r"(<!-- numbers -->\n).*?(<!-- /numbers -->)", re.S)
+def ladder_text():
+    """The README's part on load.offline: a figure, a table and the setting for each device."""
+    parts = []
+    for device in ("h100", "cpu"):
+        path = DATA / f"offline-{device}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            parts += [f"![Tokens per second of each rung](figures/{path.stem}.png)", "",
+                      table(result), "", setting(result), ""]
+    result = json.loads((DATA / "offline-h100.json").read_text())
+    guesses = ", ".join(f"{arm} {speed:,.0f}" for arm, speed in ladder.predict(result).items())
+    return "\n".join([*parts, f"A prediction, not a measurement: on a T4 (320 GB/s) the same model "
+                      f"of a step gives, in tokens/s at 16 slots, {guesses}; check it there with "
+                      f"`{ladder.COMMAND}`."])
+
+
+def setting(result):
+    """Hardware, versions, commands, what is missing, and what a long prompt does."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [f"{ladder.setting(result)}; {versions}; medians of fresh processes.",
+             result.get("note", "")]
+    if stall := result.get("stall"):
+        pieces, whole = stall["in pieces"], stall["whole"]
+        lines.append(f"A prompt of {whole['prompt_tokens']:,} tokens that arrives among 15 running "
+                     f"streams makes their longest pause {whole['worst_gap_ms']:,.0f} ms when "
+                     f"it is read whole, {pieces['worst_gap_ms']:,.0f} ms in pieces of "
+                     f"{pieces['prefill_budget']} (usually {pieces['usual_gap_ms']:,.1f} ms).")
+    lines.append("Commands: " + "; ".join(f"`{c}`" for c in result["commands"]) + ".")
+    return " ".join(filter(None, lines))
+
+
+def write_readme(text, readme, name="numbers"):
+    """`readme` with the text between the two markers of that name replaced."""
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
     return marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", readme)
 
 
 def main():
-    for path in sorted((ROOT / "figures" / "data").glob("compare-*.json")):
+    for path in sorted(DATA.glob("compare-*.json")):
         result = json.loads(path.read_text())
         for figure in report.save_figures(result, ROOT / "figures", path.stem):
             print(Path(figure).relative_to(ROOT))
+    for path in sorted(DATA.glob("offline-*.json")):
+        figure = ROOT / "figures" / f"{path.stem}.png"
+        ladder.ladder_figure(json.loads(path.read_text())).savefig(figure)
+        print(figure.relative_to(ROOT))
     readme = ROOT / "README.md"
-    result = json.loads((ROOT / "figures" / "data" / "compare-cpu.json").read_text())
-    readme.write_text(write_readme(numbers(result), readme.read_text()))
+    result = json.loads((DATA / "compare-cpu.json").read_text())
+    text = write_readme(numbers(result), readme.read_text())
+    readme.write_text(write_readme(ladder_text(), text, "ladder"))
     print("README.md")
 
 

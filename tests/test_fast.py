@@ -1,0 +1,95 @@
+"""The fast step: same numbers, the model untouched for others, and a way on where it cannot be."""
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import ROOT, by_hand, prompt
+
+from cbserver.baseline import SamplingParams, generate_tokens
+from cbserver.fast import FastStep
+from cbserver.scheduler import ContinuousEngine
+
+
+def run(model, tokenizer, count=5, tokens=10, **options):
+    engine = by_hand(ContinuousEngine(model, tokenizer, max_batch=3, max_len=96, runner=FastStep,
+                                      **options))
+    sequences = [engine.submit(prompt(i, 4 + 9 * i), SamplingParams(tokens, ignore_eos=True))
+                 for i in range(count)]
+    while engine.waiting or engine.running:
+        engine.step()
+    return engine, sequences
+
+
+def test_the_model_stays_as_it_is_for_others_and_its_weights_are_not_copied(tiny):
+    model, tokenizer = tiny
+    ids = torch.tensor([prompt(1, 9)], device=model.device)
+    before, attention = model(ids).logits, model.config._attn_implementation
+    engine, _ = run(model, tokenizer)
+    assert engine.runner.compiled
+    assert torch.equal(model(ids).logits, before)
+    assert model.config._attn_implementation == attention
+    layer = model.base_model.layers[0].self_attn
+    assert (layer.q_proj.weight.untyped_storage().data_ptr()
+            == layer.v_proj.weight.untyped_storage().data_ptr())
+
+
+def test_a_model_built_otherwise_costs_one_warning_and_stays_exact(tiny):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)).eval()
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            weight.data.normal_(0, 0.3 if "embed" in name else 2 / weight.shape[1] ** 0.5)
+    model.generation_config.eos_token_id = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine, sequences = run(model.to(tiny[0].device), tiny[1])
+    assert not engine.runner.compiled
+    assert ["speed only" in str(w.message) for w in caught].count(True) == 1
+    for s in sequences:
+        assert s.generated_tokens == list(generate_tokens(model, s.prompt_tokens, s.params))
+
+
+def test_the_smallest_recording_that_is_large_enough_is_taken(tiny):
+    runner = FastStep(tiny[0], 4, 96)
+    runner.graphs = {("step", rows, span): (rows, span) for rows in (2, 4) for span in (32, 96)}
+    assert runner.fit("step", 1, 20) == (2, 32) and runner.fit("step", 3, 33) == (4, 96)
+    assert runner.fit("step", 5, 20) is None and runner.fit("read", 1, 1) is None
+
+
+KERNEL = """
+import sys
+sys.path[:0] = ["tests"]
+from conftest import prompt
+from test_fast import FastStep, run
+import cbserver.fast as fast
+from cbserver.baseline import SamplingParams, generate_tokens, load_model
+
+class Interpreted(FastStep):
+    def fuse(self, gpu):
+        super().fuse(gpu)
+        self.kernel = fast.jit(fast.attend_kernel)
+
+import test_fast
+test_fast.FastStep = Interpreted
+model, tokenizer = load_model("random:tiny", device="cpu")
+engine, sequences = run(model, tokenizer, count=3, tokens=5, prefill_budget=20)
+assert engine.runner.kernel is not None
+for s in sequences:
+    assert s.generated_tokens == list(generate_tokens(model, s.prompt_tokens, s.params))
+print("exact")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_attention_kernel_is_exact_in_tritons_interpreter():
+    done = subprocess.run([sys.executable, "-c", KERNEL], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.stdout.strip().endswith("exact"), done.stderr[-2000:]

@@ -1,0 +1,80 @@
+"""The benchmark without HTTP: all arms count the same tokens, runs resume, floors are floors."""
+import json
+
+import pytest
+
+from load import ladder, offline
+from load.results import order
+from load.server import LoadFailed
+from load.workload import token_workload
+
+
+def options(out, *more):
+    return offline.parse(["--model", "random:tiny", "--arms", "generate,continuous,transformers-cb",
+                          "--requests", "5", "--longest", "24", "--repeats", "1",
+                          "--out", str(out), *more])
+
+
+def test_arms_are_measured_compared_and_resumed(tmp_path, capsys):
+    out = tmp_path / "offline.json"
+    result = offline.measure(options(out))
+    assert json.loads(out.read_text()) == result
+    rows = {row["arm"]: row for row in result["rows"]}
+    wanted = sum(r.max_tokens for r in token_workload("uniform", 5, longest=24, vocab=511))
+    assert {row["tokens"] for row in rows.values()} == {wanted}
+    assert all(row["tokens_per_s"] > 0 for row in rows.values())
+    step = rows["continuous"]
+    assert 0 < step["step_floor_ms"] < step["step_ms"] and step["repeats"][0]["steps"] > 0
+    for same in result["same_tokens"]:
+        assert same["whole"] == same["first 16 tokens"] == same["compared"] == 5, same
+    capsys.readouterr()
+    again = offline.measure(options(out))
+    assert again["rows"] == result["rows"] and capsys.readouterr().out == "", "nothing is run twice"
+    assert offline.table(result).count("\n") == 4
+    ladder.ladder_figure(result).savefig(tmp_path / "ladder.png")
+
+
+def test_results_of_another_setting_are_not_mixed(tmp_path):
+    out = tmp_path / "offline.json"
+    result = offline.begin(options(out))
+    out.write_text(json.dumps(result))
+    assert offline.begin(options(out))["rows"] == []
+    with pytest.raises(LoadFailed, match="--fresh"):
+        offline.begin(options(out, "--seed", "1"))
+
+
+def test_an_arm_that_fails_is_said_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def child(case):
+        if case["arm"] == "generate":
+            raise LoadFailed("no memory")
+        return {"tokens_per_s": 5.0, "requests": 1, "tokens": 9, "seconds": 1, "warmup_s": 0,
+                "digests": {"whole": ["a"], "first 16 tokens": ["a"]}}
+
+    monkeypatch.setattr(offline, "run_child", child)
+    result = offline.measure(options(tmp_path / "offline.json"))
+    assert result["failed"] == {"generate, 1 slots": "no memory"}
+    assert "no memory" in capsys.readouterr().out
+    assert [row["arm"] for row in result["rows"] if row["repeats"]] == ["continuous",
+                                                                        "transformers-cb"]
+
+
+def test_repeats_are_in_balanced_order():
+    assert order("ab", 3) == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
+
+
+def test_the_uniform_workload_is_the_published_one():
+    requests = token_workload("uniform", 256)
+    assert sum(r.max_tokens for r in requests) == 36_312
+    assert requests[:5] == token_workload("uniform", 5)
+    chat = token_workload("chat", 64)
+    assert sum(len(r.prompt_tokens) >= 2000 for r in chat) == 2
+    with pytest.raises(ValueError, match="uniform, chat"):
+        token_workload("other", 1)
+
+
+def test_unknown_arms_and_a_missing_vllm_are_said(capsys):
+    with pytest.raises(SystemExit):
+        offline.parse(["--arms", "magic"])
+    assert "generate" in capsys.readouterr().err
+    assert "vllm" not in offline.parse(["--with-vllm"]).arms
+    assert "pip install vllm" in capsys.readouterr().out
