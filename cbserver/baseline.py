@@ -191,7 +191,7 @@ def sample(logits, params, positions):
     likeliest = logits.argmax(-1)
     if all(p.greedy for p in params):
         return likeliest
-    greedy, heat, top_p = upload([[p.greedy, 1 if p.greedy else p.temperature, p.top_p]
+    greedy, heat, top_p = upload([[p.greedy, 1 if p.greedy else p.temperature, p.top_p % 1 or 2]
                                   for p in params], logits.device).T
     seeds = [random.getrandbits(63) if p.seed is None else p.seed % 2**63 for p in params]
     seed, position, top_k = upload([[s, i, p.top_k or logits.shape[-1]] for s, i, p in
@@ -208,8 +208,8 @@ def keep_likeliest(logits, top_p, top_k):
     "Logits [rows, vocabulary] with -inf outside each row's top_k and its nucleus of mass top_p."
     chances, order = logits.softmax(-1).sort(descending=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
-    drop = chances.cumsum(-1) - chances >= top_p[:, None]  # the token that crosses top_p stays
-    drop |= rank >= top_k[:, None]
+    # What comes before a token, not the token itself, decides: the one that crosses top_p stays.
+    drop = (chances.cumsum(-1) - chances >= top_p[:, None]) | (rank >= top_k[:, None])
     return logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
 
 
@@ -224,10 +224,9 @@ def gumbel(seed, position, count):
         x = (x ^ (x >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15
         return x ^ (x >> 31 & 2**33 - 1)
 
-    column = torch.arange(count, device=seed.device)
-    bits = mix((mix(mix(seed) + position)[:, None] + column) * -0x61C8864680B583EB)
-    uniform = ((bits >> 41 & 0x7FFFFF).float() + 0.5) / 2**23  # never 0 and never 1
-    return -(-uniform.log()).log()
+    row, column = mix(mix(seed) + position), torch.arange(count, device=seed.device)
+    bits = mix((row[:, None] + column) * -0x61C8864680B583EB)
+    return -(-(((bits >> 41 & 0x7FFFFF).float() + 0.5) / 2**23).log()).log()  # of (0, 1), open
 
 
 def upload(rows, device):
@@ -369,7 +368,7 @@ def grouped_attention(module, query, keys, values, mask, scaling=None, **kwargs)
                                              is_causal=mask is None)
     else:
         packed = query.view(len(query), kv_heads, -1, query.shape[3])  # a key head's group as rows
-        scores = (packed @ keys.mT * scaling).masked_fill(~mask, float("-inf"))
+        scores = (packed * scaling @ keys.mT).masked_fill(~mask, float("-inf"))
         out = (scores.softmax(-1, torch.float32).to(values.dtype) @ values).view(query.shape)
     return out.transpose(1, 2), None
 
@@ -398,7 +397,7 @@ def resample(tokens, logits, slots, params, positions):
 def fetch(tensor, rows):
     "Start copying a vector to the CPU; returns the function that waits and lists these rows of it."
     if tensor.device.type != "cuda":
-        return lambda: tensor[rows].tolist()
+        return tensor[rows].tolist
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     arrived = torch.cuda.Event(blocking=True)  # who waits for it sleeps: the core is free

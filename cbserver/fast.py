@@ -7,7 +7,6 @@ __all__ = ['ROWS', 'WIDTHS', 'add_norm', 'silu_mul', 'rotate', 'join', 'attend_k
 
 # %% ../notebooks/appendix_fast_step.ipynb #c03
 import warnings
-from operator import ge
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +46,7 @@ def rotate(x, cos, sin):
 # %% ../notebooks/appendix_fast_step.ipynb #c11
 def join(*linears):
     "[weight, bias] of several Linear layers in one; their own parameters become views of it."
+    @torch.inference_mode(False)  # or nobody could train or differentiate the model any more
     def joined(parts):
         whole = torch.cat([p.data for p in parts])
         for p, view in zip(parts, whole.split([len(p) for p in parts])):
@@ -57,7 +57,7 @@ def join(*linears):
             for parts in ([x.weight for x in linears], [x.bias for x in linears])]
 
 # %% ../notebooks/appendix_fast_step.ipynb #c14
-def attend_kernel(qkv, cosines, sines, keys, values, positions, out, scale, max_len,
+def attend_kernel(qkv, cosines, sines, keys, values, positions, span, out, scale, max_len,
                   HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
                   DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Rotate, store and attend for one row and one key head: what took eight kernels, in one.
@@ -65,7 +65,8 @@ def attend_kernel(qkv, cosines, sines, keys, values, positions, out, scale, max_
     qkv: [rows, (HEADS + 2 KV_HEADS) DIM]; row i is slot i. cosines, sines: [max_len, DIM].
     keys, values: one layer, [slots, KV_HEADS, max_len, DIM]. out: [rows, HEADS DIM].
     GROUP: query heads of a key head, padded to 16 or more. Keys are read in blocks, with a running
-    maximum and sum (Milakov and Gimelshein, 2018), and no further than the row's own position.
+    maximum and sum (Milakov and Gimelshein, 2018), and no further than the row's own position;
+    nor than span, the farthest position of a row that counts: an idle row may stand beyond.
     """
     row, head, position = tl.program_id(0), tl.program_id(1), tl.load(positions + tl.program_id(0))
     d, g, n = tl.arange(0, DIM), tl.arange(0, GROUP), tl.arange(0, BLOCK)
@@ -84,7 +85,7 @@ def attend_kernel(qkv, cosines, sines, keys, values, positions, out, scale, max_
     # So far the new key is all that was seen: its score is the maximum, its weight 1.
     top, total = tl.sum(q * k_new[None, :], 1) * scale, tl.full([GROUP], 1.0, tl.float32)
     q, mixed = q.to(v_new.dtype), tl.zeros([GROUP, DIM], tl.float32) + v_new.to(tl.float32)[None, :]
-    for start in range(0, position, BLOCK):
+    for start in range(0, tl.minimum(position, tl.load(span)), BLOCK):
         block, seen = slot + (start + n)[:, None] * DIM + d[None, :], start + n < position
         k, v = tl.load(keys + block, seen[:, None], 0.), tl.load(values + block, seen[:, None], 0.)
         # s: [GROUP, BLOCK], the scaled scores
@@ -105,7 +106,7 @@ class FastStep(BatchRunner):
 
     def __init__(self, model, slots, max_len, compiled=True):
         super().__init__(model, slots, max_len)
-        self.compiled, self.kernel, self.graphs = False, None, {}
+        self.compiled, self.graphs, self.span = False, {}, self.tokens.new_tensor(max_len)
         if compiled:
             self.fuse(gpu=model.device.type == "cuda")
         if model.device.type == "cuda":
@@ -136,17 +137,16 @@ class FastStep(BatchRunner):
 
     def written_out(self, tokens, positions, slots, span=None):
         "As BatchRunner.forward: tokens, positions [rows, new] -> hidden [rows, new, hidden]."
-        hidden = self.base.embed_tokens(tokens.flatten())  # [tokens, hidden]
-        skip, attend, mask = torch.zeros_like(hidden), self.attend_by_kernel, None
+        out = self.base.embed_tokens(tokens.flatten())  # [tokens, hidden]
+        skip, attend, mask = torch.zeros_like(out), self.attend_by_kernel, None
         if not (self.kernel and isinstance(slots, slice)):  # a prompt, or no kernel
             attend, mask = self.attend, self.cache.select(slots, positions, span)
         for i, (layer, (qkv, gate_up)) in enumerate(zip(self.base.layers, self.joined)):
-            x, skip = self.add_norm(hidden, skip, layer.input_layernorm.weight, self.eps)
+            x, skip = self.add_norm(out, skip, layer.input_layernorm.weight, self.eps)
             x = layer.self_attn.o_proj(attend(i, F.linear(x, *qkv), positions, mask))
             x, skip = self.add_norm(x, skip, layer.post_attention_layernorm.weight, self.eps)
-            hidden = layer.mlp.down_proj(self.silu_mul(F.linear(x, *gate_up)))
-        hidden, _ = self.add_norm(hidden, skip, self.base.norm.weight, self.eps)
-        return hidden.view(*tokens.shape, -1)
+            out = layer.mlp.down_proj(self.silu_mul(F.linear(x, *gate_up)))
+        return self.add_norm(out, skip, self.base.norm.weight, self.eps)[0].view(*tokens.shape, -1)
 
     def attend(self, layer, qkv, positions, mask):
         "qkv: [tokens, (heads + 2 kv_heads) head_dim] -> [tokens, heads head_dim]."
@@ -163,8 +163,8 @@ class FastStep(BatchRunner):
         mixed = qkv.new_empty(len(qkv), heads * self.dim)
         self.kernel[len(qkv), kv_heads](
             qkv, self.cos, self.sin, self.cache.keys[layer], self.cache.values[layer],
-            positions.contiguous(), mixed, self.dim**-0.5, self.cache.max_len, heads, kv_heads,
-            max(16, next_power_of_2(heads // kv_heads)), self.dim, 64, num_warps=4, num_stages=3)
+            positions.contiguous(), self.span, mixed, self.dim**-0.5, self.cache.max_len, heads,
+            kv_heads, max(16, next_power_of_2(heads // kv_heads)), self.dim, 64, num_stages=3)
         return mixed
 
     @torch.inference_mode()
@@ -178,21 +178,22 @@ class FastStep(BatchRunner):
                  for w in WIDTHS[::-1] for p in (8, 4, 2, 1) for s in (0, *spans[::-1])
                  if w <= max_len and (p == 1 and w == WIDTHS[-1] < s if s else p * w <= 2048)}
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         for key, (function, *inputs) in tqdm(jobs.items(), desc="Recording CUDA graphs"):
             with torch.cuda.stream(stream):
                 function(*inputs)  # compiles what is not compiled yet
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=pool, stream=stream):
                 self.graphs[key] = graph, function(*inputs), inputs
 
     def fit(self, kind, *sizes):
         "The smallest recorded pass that is large enough: (graph, output, inputs), or None."
-        keys = [k for k in self.graphs if k[0] == kind and all(map(ge, k[1:], sizes))]
-        return self.graphs[min(keys)] if keys else None
+        ks = [k for k in self.graphs if k[0] == kind and all(a >= b for a, b in zip(k[1:], sizes))]
+        return self.graphs[min(ks)] if ks else None
 
     def step(self, rows, span):
         if not (recorded := self.fit("step", rows, span)):
             return super().step(rows, span)
+        self.span.fill_(span)
         recorded[0].replay()
         return recorded[1]
 

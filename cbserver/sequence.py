@@ -52,7 +52,7 @@ class Sequence:
             self.token_times.append(time.perf_counter())
             stop = token in eos and not self.params.ignore_eos
             if stop or len(self.generated_tokens) == self.params.max_tokens:
-                self.status, self.finish_reason = Status.FINISHED, "stop" if stop else "length"
+                self.finish_reason, self.status = "stop" if stop else "length", Status.FINISHED
 
 # %% ../notebooks/02_sequence_queue.ipynb #c13
 EngineStats = namedtuple("Stats", "running waiting slots steps prompt_tokens generated_tokens")
@@ -93,7 +93,7 @@ class Engine:
             if sequence.status is Status.WAITING:
                 self.waiting.remove(sequence)
             if sequence.status is not Status.FINISHED:
-                sequence.status, sequence.finish_reason = Status.FINISHED, reason
+                sequence.finish_reason, sequence.status = reason, Status.FINISHED
         self.wake([sequence])
 
     async def start(self):

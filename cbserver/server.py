@@ -218,9 +218,11 @@ async def pieces(engine, sequence):
     try:
         async for token in sequence.stream():
             text, reason = text + detokenizer.push(token), None
-            last = len(detokenizer.tokens) == len(sequence.generated_tokens)
-            if last and sequence.finish_reason in ("stop", "length"):
-                text, reason = text + detokenizer.finish(), sequence.finish_reason
+            with engine.lock:  # so that the last token and its reason are seen together
+                last = len(detokenizer.tokens) == len(sequence.generated_tokens)
+                end = sequence.finish_reason
+            if last and end in ("stop", "length"):
+                text, reason = text + detokenizer.finish(), end
             reason = "stop" if detokenizer.stopped else reason
             if last or reason:
                 yield text, reason, len(detokenizer.tokens)

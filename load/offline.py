@@ -37,7 +37,7 @@ SPAN = 512  # keys that every row sees when a single step is timed
 
 
 def run_arm(case):
-    """Run one arm once; case: the options of `child_command` as a dict. Returns its numbers."""
+    """Run one arm once; case: a dict of `cases`. Returns its numbers."""
     requests = token_workload(case["workload"], case["requests"], case["seed"], case["longest"],
                               case["vocab"])
     if case["short"]:
@@ -90,10 +90,12 @@ def build(case, model, tokenizer):
 def run_engine(case, requests):
     """(outputs, numbers) of one of our engines."""
     model, tokenizer = load(case)
-    bandwidth, began = copy_bandwidth(model.device), time.perf_counter()
-    engine = build(case, model, tokenizer)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(1) as thread:  # as in the server: one team of OpenMP workers, no more
+        engine = thread.submit(build, case, model, tokenizer).result()
     outputs, numbers = asyncio.run(serve(engine, requests, began))
-    numbers |= {"peak_memory_gb": peak_memory(model.device), "bandwidth_gb_s": bandwidth}
+    numbers["peak_memory_gb"] = peak_memory(model.device)
+    numbers["bandwidth_gb_s"] = bandwidth = copy_bandwidth(model.device)
     if hasattr(engine, "runner"):
         numbers |= time_step(engine.runner, model, case["slots"], min(SPAN, case["max_len"]),
                              bandwidth)
@@ -201,7 +203,7 @@ def run_transformers(case, requests):
                    num_blocks=pages, max_batch_tokens=512)
     config = ContinuousBatchingConfig(**options)
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-    outputs, bandwidth = {}, copy_bandwidth(model.device)
+    outputs = {}
     with model.continuous_batching_context_manager(
             generation_config=generation, continuous_batching_config=config) as manager:
         def run(batch):
@@ -222,7 +224,7 @@ def run_transformers(case, requests):
         run(list(enumerate(requests)))
         seconds = time.perf_counter() - start
     return [outputs[str(i)] for i in range(len(requests))], {
-        "seconds": round(seconds, 3), "warmup_s": round(warmup, 2), "bandwidth_gb_s": bandwidth,
+        "seconds": round(seconds, 3), "warmup_s": round(warmup, 2),
         "peak_memory_gb": peak_memory(model.device)}
 
 
@@ -338,7 +340,7 @@ def save(result, options):
 def begin(options):
     """The result so far: what is on disk, if it was measured the same way, or an empty one."""
     setting = {"hardware": hardware(), "model": options.model,
-               "dtype": options.dtype or ("bfloat16" if options.gpu else "float32"),
+               "dtype": options.dtype or default_dtype(options.gpu),
                "versions": versions("torch", "transformers", "vllm"),
                "workload": {"name": options.workload, "seed": options.seed,
                             "longest": options.longest, "short": options.short}}
@@ -351,6 +353,15 @@ def begin(options):
                          "choose another --out, or start anew with --fresh.")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return setting | {"commands": [options.command], "date": now, "rows": []}
+
+
+def default_dtype(gpu):
+    """The name of the dtype that load_model takes on this device."""
+    import torch
+
+    from cbserver.baseline import default_dtype
+
+    return str(default_dtype(torch.device("cuda" if gpu else "cpu"))).removeprefix("torch.")
 
 
 def cases(options):
@@ -434,7 +445,8 @@ def table(result):
         low, high = row["spread"]
         cells = [row["arm"], row["slots"], f"{row['tokens_per_s']:,.0f}", f"{low:,.0f}–{high:,.0f}",
                  len(row["repeats"]), row["requests"], f"{row['tokens']:,}", *step,
-                 f"{row.get('warmup_s', 0):.1f}", f"{row.get('peak_memory_gb', 0):.1f}"]
+                 f"{row['warmup_s']:.1f}" if "warmup_s" in row else "",
+                 f"{row['peak_memory_gb']:.1f}" if "peak_memory_gb" in row else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -501,8 +513,8 @@ def main(arguments=None):
         return 1
     print("\n" + table(result) + "\n")
     for same in result.get("same_tokens", []):
-        print("{arm}, {slots} slots: {whole} of {compared} answers as {as}; by their first 16 "
-              "tokens {first 16 tokens}".format(**same))
+        print("{arm}, {slots} slots: {whole} of {compared} answers as {as}".format(**same),
+              f"(by their first 16 tokens {same.get('first 16 tokens', '?')})")
     print(options.out)
     return 0
 
