@@ -51,7 +51,7 @@ def setting(result):
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = [f"{ladder.setting(result)}; {versions}; medians of fresh processes.",
              result.get("note", "")]
-    if stall := result.get("stall"):
+    if len(stall := result.get("stall", {})) == 2:
         pieces, whole = stall["in pieces"], stall["whole"]
         lines.append(f"A prompt of {whole['prompt_tokens']:,} tokens that arrives among 15 running "
                      f"streams makes their longest pause {whole['worst_gap_ms']:,.0f} ms when "
