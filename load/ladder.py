@@ -39,7 +39,7 @@ def ladder_figure(result):
             ax.set(xlabel="output tokens/s", title=f"{slots} slots", xlim=(0, top * 1.25))
         axes[0][0].set_yticks(range(len(arms)), [NAMES[arm] for arm in arms])
         axes[0][0].invert_yaxis()
-        figure.suptitle(setting(result), fontsize=10)
+        figure.suptitle(setting(result).replace("; ", "\n"), fontsize=9)
         return figure
 
 
