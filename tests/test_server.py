@@ -9,11 +9,12 @@ import lesson
 import pytest
 from conftest import by_hand, prompt
 
+import cbserver.server
 from cbserver.baseline import SamplingParams
 from cbserver.batch import StaticEngine
 from cbserver.scheduler import ContinuousEngine
 from cbserver.sequence import SequentialEngine
-from cbserver.server import Detokenizer, create_app, pieces
+from cbserver.server import Detokenizer, create_app
 
 
 @contextlib.contextmanager
@@ -85,7 +86,7 @@ def test_tokens_that_came_while_a_stream_lagged_are_sent_together(tiny, referenc
         sequence = engine.submit(prompt(1, 5), SamplingParams(6, ignore_eos=True))
         while sequence.finish_reason is None:
             engine.step()
-        return [part async for part in pieces(engine, sequence)]
+        return [part async for part in cbserver.server.pieces(engine, sequence)]
 
     want = text_of(tiny[1], reference(prompt(1, 5), 6))
     assert asyncio.run(late()) == [(want, "length", 6)]
