@@ -71,3 +71,20 @@ def reference(tiny):
         return output[0, len(tokens):].tolist()
 
     return lambda tokens, count: whole(tuple(tokens))[:count]
+
+
+@pytest.fixture
+def qwen3(tiny):
+    """A random Qwen3: Llama's layers, but with norms on queries and keys; no end of sequence."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)).eval()
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            weight.data.normal_(0, 0.3 if "embed" in name else 2 / weight.shape[1] ** 0.5)
+    model.generation_config.eos_token_id = None
+    return model.to(tiny[0].device)

@@ -283,23 +283,13 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy(tiny, reference):
         assert sequence.generated_tokens == reference(prompt(3, 9), 12)
 
 
-def test_a_random_qwen3_is_exact_too(tiny):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)).eval()
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            weight.data.normal_(0, 0.3 if "embed" in name else 2 / weight.shape[1] ** 0.5)
-    model.generation_config.eos_token_id = None
-    engine = by_hand(ContinuousEngine(model, tiny[1], max_batch=3, max_len=64))
+def test_a_random_qwen3_is_exact_too(tiny, qwen3):
+    engine = by_hand(ContinuousEngine(qwen3, tiny[1], max_batch=3, max_len=64))
     sequences = [engine.submit(prompt(i, 5 + 4 * i), SamplingParams(12)) for i in range(6)]
     while engine.waiting or engine.running:
         engine.step()
     for sequence in sequences:
-        want = list(generate_tokens(model, sequence.prompt_tokens, SamplingParams(12)))
+        want = list(generate_tokens(qwen3, sequence.prompt_tokens, SamplingParams(12)))
         assert sequence.generated_tokens == want
 
 

@@ -37,24 +37,14 @@ def test_the_model_stays_as_it_is_for_others_and_its_weights_are_not_copied(tiny
             == layer.v_proj.weight.untyped_storage().data_ptr())
 
 
-def test_a_model_built_otherwise_costs_one_warning_and_stays_exact(tiny):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)).eval()
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            weight.data.normal_(0, 0.3 if "embed" in name else 2 / weight.shape[1] ** 0.5)
-    model.generation_config.eos_token_id = None
+def test_a_model_built_otherwise_costs_one_warning_and_stays_exact(tiny, qwen3):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        engine, sequences = run(model.to(tiny[0].device), tiny[1])
+        engine, sequences = run(qwen3, tiny[1])
     assert not engine.runner.compiled
     assert ["speed only" in str(w.message) for w in caught].count(True) == 1
     for s in sequences:
-        assert s.generated_tokens == list(generate_tokens(model, s.prompt_tokens, s.params))
+        assert s.generated_tokens == list(generate_tokens(qwen3, s.prompt_tokens, s.params))
 
 
 def test_the_smallest_recording_that_is_large_enough_is_taken(tiny):
