@@ -26,8 +26,9 @@ from load.workload import token_workload
 
 # The ladder, a rung a row. An arm runs the first `requests` of the list: the slow ones fewer.
 GPU_ARMS = {"generate": 16, "static": 64, "continuous": 64, "continuous+graphs": 256,
-            "continuous+graphs+compile": 256, "one-slot": 32, "transformers-cb": 64, "vllm": 256}
-CPU_ARMS = {"generate": 16, "static": 48, "continuous": 48, "one-slot": 16, "transformers-cb": 48}
+            "continuous+graphs+compile": 256, "one-slot": 32, "transformers-cb": 128, "vllm": 256}
+CPU_ARMS = {"generate": 16, "static": 64, "continuous": 160, "continuous+joined": 160,
+            "one-slot": 16, "transformers-cb": 160}
 SINGLE = ("generate", "one-slot")  # one request at a time, whatever --slots says
 COMPARED = 64  # requests whose tokens are compared across arms
 SPAN = 512  # keys that every row sees when a single step is timed
@@ -81,7 +82,7 @@ def build(case, model, tokenizer):
     fast = FastStep if model.device.type == "cuda" else BatchRunner
     runner = {"static": BatchRunner, "continuous": BatchRunner, "one-slot": fast,
               "continuous+graphs": functools.partial(FastStep, compiled=False),
-              "continuous+graphs+compile": FastStep}[arm]
+              "continuous+graphs+compile": FastStep, "continuous+joined": FastStep}[arm]
     kind = StaticEngine if arm == "static" else ContinuousEngine
     return kind(model, tokenizer, case["slots"], case["max_len"], waiting,
                 prefill_budget=case["prefill_budget"], runner=runner)
@@ -436,7 +437,7 @@ def table(result):
     lines = ["| arm | slots | tokens/s | spread | repeats | requests | tokens | step ms | floor ms "
              "| × floor | of bandwidth | warm-up s | memory GB |",
              "| --- " + "| ---: " * 12 + "|"]
-    climb = list(GPU_ARMS)
+    climb = list(CPU_ARMS | GPU_ARMS)
     for row in sorted((r for r in result["rows"] if r["repeats"]),
                       key=lambda r: (r["slots"], climb.index(r["arm"]))):
         step = [f"{row['step_ms']:.2f}", f"{row['step_floor_ms']:.2f}",
@@ -456,7 +457,7 @@ def parse(arguments=None):
                                      description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", help="as for cbserver (random:llama-3.2-1b on a GPU, else smollm2)")
-    add("--arms", help=f"any of {','.join(GPU_ARMS)} (default: all that fit the device)")
+    add("--arms", help=f"any of {', '.join(CPU_ARMS | GPU_ARMS)} (default: all the device has)")
     add("--slots", help="sequences at once, a list (16,64 on a GPU, else 16)")
     add("--repeats", type=int, default=3, help="fresh processes for each arm (3)")
     add("--requests", type=int, help="at most so many for every arm (16 to 256, by its speed)")

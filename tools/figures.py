@@ -38,12 +38,27 @@ def ladder_text():
         if path.exists():
             result = json.loads(path.read_text())
             parts += [f"![Tokens per second of each rung](figures/{path.stem}.png)", "",
-                      table(result), "", setting(result), ""]
+                      table(result), "", setting(result), *more_text(device), ""]
     result = json.loads((DATA / "offline-h100.json").read_text())
     guesses = ", ".join(f"{arm} {speed:,.0f}" for arm, speed in ladder.predict(result).items())
     return "\n".join([*parts, f"A prediction, not a measurement: on a T4 (320 GB/s) the same model "
                       f"of a step gives, in tokens/s at 16 slots, {guesses}; check it there with "
                       f"`{ladder.COMMAND}`."])
+
+
+def more_text(device):
+    """Sentences on two more runs: lengths as in chats, and all arms in float32."""
+    for kind, words in (("chat", "With lengths as in chats, and every 32nd prompt of 2,000 to "
+                         "4,000 tokens"), ("float32", "In float32")):
+        path = DATA / f"offline-{device}-{kind}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            rows = [f"{row['arm']} at {row['slots']} slots {row['tokens_per_s']:,.0f} tokens/s "
+                    f"({len(row['repeats'])} repeats)" for row in result["rows"]]
+            same = [f"{same['whole']} of {same['compared']}" for same in result["same_tokens"]]
+            yield (f"{words}: {', '.join(rows)}." if kind == "chat" else
+                   f"{words}, answers of {result['workload']['short']} tokens that equal "
+                   f"generate()'s: {', '.join(same)} in {len(same)} arms.")
 
 
 def setting(result):
@@ -73,6 +88,8 @@ def main():
         for figure in report.save_figures(result, ROOT / "figures", path.stem):
             print(Path(figure).relative_to(ROOT))
     for path in sorted(DATA.glob("offline-*.json")):
+        if path.stem.count("-") > 1:  # told in a sentence
+            continue
         figure = ROOT / "figures" / f"{path.stem}.png"
         ladder.ladder_figure(json.loads(path.read_text())).savefig(figure)
         print(figure.relative_to(ROOT))
