@@ -194,7 +194,7 @@ def sample(logits, params, positions):
     greedy, heat, top_p = upload([[p.greedy, 1 if p.greedy else p.temperature, p.top_p % 1 or 2]
                                   for p in params], logits.device).T
     seeds = [random.getrandbits(63) if p.seed is None else p.seed % 2**63 for p in params]
-    seed, position, top_k = upload([[s, i, p.top_k or logits.shape[-1]] for s, i, p in
+    seed, position, top_k = upload([[s, i, min(p.top_k or 2**31, 2**31)] for s, i, p in
                                     zip(seeds, positions, params)], logits.device).T
     logits = logits / heat[:, None]  # float32
     if any(p.top_k or p.top_p < 1 for p in params):

@@ -31,6 +31,7 @@ class Sequence:
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     news: asyncio.Event = field(default_factory=asyncio.Event)  # set when there is more to stream
     arrival_time: float = field(default_factory=time.perf_counter)
+    admission_time: float | None = None  # when it began to run
     token_times: list[float] = field(default_factory=list)
 
     async def stream(self):
@@ -39,8 +40,7 @@ class Sequence:
         while self.status is not Status.FINISHED or sent < len(self.generated_tokens):
             await self.news.wait()
             self.news.clear()
-            for token in self.generated_tokens[sent:]:
-                sent += 1
+            for sent, token in enumerate(self.generated_tokens[sent:], sent + 1):
                 yield token
         if self.finish_reason == "error":
             raise EngineStopped("the engine failed during this request; see the server's log")
@@ -68,12 +68,12 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, max_batch=1, max_len=None, max_waiting=256):
-        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
-        self.max_waiting = max_waiting
+        self.model, self.tokenizer, self.eos = model, tokenizer, stop_tokens(model)
+        self.max_batch, self.max_waiting, self.stopping = max_batch, max_waiting, True
         self.max_len = min(max_len or 2048, model.config.max_position_embeddings)
-        self.eos, self.waiting, self.running = stop_tokens(model), deque(), []
         self.steps = self.prompt_tokens = self.generated_tokens = 0
-        self.lock, self.stopping = threading.Condition(), True  # its holder may take it again
+        # The lock is one that its holder may take again.
+        self.waiting, self.running, self.lock = deque(), [], threading.Condition()
 
     def submit(self, prompt_tokens, params=SamplingParams()):
         "Queue a request; raises PromptTooLong, ValueError, QueueFull or EngineStopped."
@@ -139,6 +139,7 @@ class Engine:
             if self.waiting:
                 self.running.append(sequence := self.waiting.popleft())
                 sequence.status, sequence.slot = Status.RUNNING, slot
+                sequence.admission_time = time.perf_counter()
                 self.prompt_tokens += len(sequence.prompt_tokens)
                 return sequence
 

@@ -2,6 +2,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 
 import httpx
@@ -24,6 +25,24 @@ def serving(engine, **options):
         yield server.url
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def held(engine, after=0):
+    """The engine's steps stand still after so many, until the event that is given here is set."""
+    go_on, step, count = threading.Event(), engine.step, [0]
+
+    def hold():
+        count[0] += 1
+        if count[0] > after:
+            go_on.wait(30)
+        step()
+
+    engine.step = hold
+    try:
+        yield go_on
+    finally:
+        go_on.set()
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +142,18 @@ BAD = [
     ({"temperature": -1}, "greater than or equal to 0"),
     ({"temperature": 1e9}, "less than or equal to 2"),
     ({"top_p": 0}, "greater than 0"),
-    ({"top_k": -1}, "greater than or equal to 0"),
+    ({"top_k": -2}, "greater than or equal to -1"),
     ({"stop": ["a"] * 5}, "at most 4"),
-    ({"n": 2}, "'n' is not supported"),
-    ({"logprobs": 3}, "'logprobs' is not supported"),
+    ({"n": 2}, "n: Input should be 1"),
+    ({"logprobs": 3}, "logprobs: Input should be None"),
+    ({"logprobs": 0}, "logprobs: Input should be None"),
+    ({"best_of": 2}, "best_of"),
+    ({"echo": True}, "echo: Input should be False"),
+    ({"presence_penalty": 0.5}, "presence_penalty: Input should be less than or equal to 0"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty"),
+    ({"logit_bias": {"7": 1}}, "logit_bias"),
+    ({"response_format": {"type": "json_object"}}, "response_format: Input should be 'text'"),
+    ({"stop": "x" * 1001}, "at most 1000"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"stream_options": 3}, "stream_options"),
 ]
@@ -155,8 +182,13 @@ def test_other_refusals_have_their_own_status(url):
 
 
 def test_null_and_default_values_of_unsupported_fields_are_accepted(url):
-    fields = dict(n=1, logprobs=None, stop=None, seed=None, echo=False, user="me")
+    fields = dict(n=1, logprobs=None, stop=None, seed=None, echo=False, user="me", top_k=-1,
+                  presence_penalty=0, repetition_penalty=1.0, logit_bias={}, stop_token_ids=[],
+                  response_format={"type": "text"}, min_p=0, best_of=1, suffix="")
     assert post(url, **fields).status_code == 200
+    chat = dict(messages=[{"role": "user", "content": "a"}], tools=[], tool_choice="auto",
+                logprobs=False, top_logprobs=0, modalities=["text"])
+    assert post(url, "/v1/chat/completions", **chat).status_code == 200
     nulls = dict.fromkeys(("temperature", "top_p", "stream", "stream_options", "max_tokens"))
     assert post(url, **nulls).status_code == 200
 
@@ -168,7 +200,7 @@ def test_a_temperature_too_small_to_divide_by_is_greedy(url):
 def test_content_that_is_not_text_is_refused_not_dropped(url):
     body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}
     response = post(url, "/v1/chat/completions", **body)
-    assert response.status_code == 400 and "'image_url'" in response.json()["error"]["message"]
+    assert response.status_code == 400 and "should be 'text'" in response.json()["error"]["message"]
 
 
 def test_a_key_is_required_where_there_is_one(tiny):
@@ -185,10 +217,8 @@ def test_a_key_is_required_where_there_is_one(tiny):
 
 def test_a_full_queue_is_a_429_with_retry_after(tiny):
     engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=1)
-    held = threading.Event()
-    step = engine.step
-    engine.step = lambda: (held.wait(30), step())  # nobody is admitted before the queue is full
-    with serving(engine) as url:
+    # Nobody is admitted before the queue is full.
+    with held(engine) as go_on, serving(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
                 body = {"prompt": "a", "max_tokens": 2}
@@ -196,7 +226,7 @@ def test_a_full_queue_is_a_429_with_retry_after(tiny):
                 while engine.stats().waiting < 1:
                     await asyncio.sleep(0.01)
                 refused = await session.post("/v1/completions", json=body)
-                held.set()
+                go_on.set()
                 return await first, refused
 
         first, refused = asyncio.run(main())
@@ -227,14 +257,160 @@ def test_a_client_that_leaves_frees_its_slot(tiny, stream):
         assert post(url).status_code == 200
 
 
-def test_when_the_engine_dies_health_says_so_and_requests_get_503(tiny, monkeypatch):
+def test_when_the_engine_dies_every_waiter_is_told_and_health_says_so(tiny, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the traceback is expected
+    engine, count = ContinuousEngine(*tiny), [0]
+    step = engine.step
+
+    def fail_later():
+        count[0] += 1
+        if count[0] > 4:
+            raise RuntimeError("CUDA error: planted")
+        step()
+
+    engine.step = fail_later
+    with serving(engine) as url:
+        *chunks, last = events(post(url, stream=True).text)
+        assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * len(chunks)
+        assert last["error"]["code"] == "engine_failed" and "planted" not in str(last)
+        engine.thread.join(10)
+        assert httpx.get(f"{url}/health").status_code == 503
+        assert httpx.get(f"{url}/ready").status_code == 503
+        for stream in (False, True):
+            assert post(url, stream=stream).status_code == 503
+        assert "num_requests_running 0.0" in httpx.get(f"{url}/metrics").text
+
+
+def test_a_fault_before_the_first_token_is_a_500(tiny, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
     engine = ContinuousEngine(*tiny)
     engine.step = lambda: 1 / 0
     with serving(engine) as url:
-        assert post(url).status_code == 503
-        assert httpx.get(f"{url}/health").status_code == 503
-        assert post(url, stream=True).status_code == 503
+        response = post(url)
+    assert response.status_code == 500 and response.json()["error"]["code"] == "engine_failed"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_misses_its_deadline_is_ended(tiny, stream):
+    engine = ContinuousEngine(*tiny, max_batch=1)
+    with held(engine, after=3) as go_on, serving(engine, timeout=0.2) as url:
+        response = post(url, stream=stream)
+        if stream:
+            *chunks, last = events(response.text)
+            assert response.status_code == 200 and len(chunks) >= 1
+        else:
+            assert response.status_code == 408
+            last = response.json()
+        assert last["error"]["code"] == "timeout"
+        go_on.set()
+        assert 'finished_reason="timeout"} 1.0' in httpx.get(f"{url}/metrics").text
+        assert post(url).status_code == 200, "its slot is free again"
+
+
+def test_while_it_drains_it_is_alive_not_ready_and_finishes_what_it_has(tiny, reference):
+    engine = ContinuousEngine(*tiny, max_batch=1)
+    with held(engine, after=2) as go_on, serving(engine) as url:
+        async def main():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as session:
+                body = {"prompt": [5], "max_tokens": 9, "temperature": 0, "ignore_eos": True}
+                running = asyncio.create_task(session.post("/v1/completions", json=body))
+                while engine.stats().generated_tokens < 1:
+                    await asyncio.sleep(0.01)
+                engine.close(None)
+                answers = [await session.get("/health"), await session.get("/ready"),
+                           await session.post("/v1/completions", json=body)]
+                go_on.set()
+                return [a.status_code for a in answers], (await running).json()
+
+        statuses, answer = asyncio.run(main())
+    assert statuses == [200, 503, 503]
+    assert answer["choices"][0]["text"] == text_of(tiny[1], reference([5], 9))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_over_the_limit_is_a_413(url, chunked):
+    body = json.dumps({"prompt": "x" * 10_000_000}).encode()
+    sent = (body[i:i + 65536] for i in range(0, len(body), 65536)) if chunked else body
+    try:
+        response = httpx.post(f"{url}/v1/completions", content=sent, timeout=30)
+    except httpx.WriteError:  # it hung up on a body that it does not want: fair too
+        response = None
+    if response is not None:
+        assert response.status_code == 413
+        assert "limit of 1048576 bytes" in response.json()["error"]["message"]
+    assert post(url).status_code == 200
+
+
+def test_browsers_of_other_origins_are_let_in_only_if_asked_for(tiny, url):
+    origin = {"Origin": "https://example.org"}
+    assert "access-control-allow-origin" not in httpx.get(f"{url}/health", headers=origin).headers
+    with serving(ContinuousEngine(*tiny), cors=["https://example.org"]) as open_url:
+        headers = httpx.get(f"{open_url}/health", headers=origin).headers
+    assert headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_a_request_is_logged_in_one_line_without_what_it_says(tiny, caplog):
+    with caplog.at_level("INFO", "cbserver"), serving(ContinuousEngine(*tiny)) as url:
+        answer = post(url, prompt="a secret")
+    lines = [r.getMessage() for r in caplog.records if r.name == "cbserver"]
+    assert len(lines) == 1 and lines[0].startswith(f"{answer.json()['id']} length: 6 + 8 tokens, ")
+    assert answer.headers["x-request-id"] == answer.json()["id"]
+    assert "secret" not in caplog.text
+
+
+def test_metrics_count_every_request_once_by_the_names_that_dashboards_know(tiny):
+    with serving(ContinuousEngine(*tiny)) as url:
+        for stream in (False, True):
+            assert post(url, stream=stream).status_code == 200
+        assert post(url, n=5).status_code == 400
+        text = httpx.get(f"{url}/metrics").text
+    for line in ('request_success_total{finished_reason="length"} 2.0',
+                 "request_queue_time_seconds_count 2.0", "time_to_first_token_seconds_count 2.0",
+                 "inter_token_latency_seconds_count 14.0", "prompt_tokens_total 6.0",
+                 "e2e_request_latency_seconds_count 2.0", "generation_tokens_total 16.0",
+                 "num_requests_waiting 0.0", "kv_cache_usage_perc 0.0"):
+        assert line in text.splitlines(), line
+
+
+def test_a_stream_that_nobody_reads_ends_all_the_same(tiny):
+    engine = ContinuousEngine(*tiny, max_batch=1)
+    with serving(engine) as url:
+        body = json.dumps({"prompt": "a", "max_tokens": 1500, "ignore_eos": True, "stream": True})
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: "
+                           f"application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+                           .encode())
+            assert post(url).status_code == 200, "the only slot was free again"
+            assert engine.stats().generated_tokens == 1508
+
+
+def test_a_client_that_leaves_before_its_stream_begins_frees_its_slot(tiny):
+    engine = ContinuousEngine(*tiny, max_batch=1)
+    app = create_app(engine)
+    body = json.dumps({"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True})
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+             "headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": "2.3"}}
+
+    async def main():
+        messages = [{"type": "http.request", "body": body.encode()}, {"type": "http.disconnect"}]
+
+        async def receive():
+            return messages.pop(0) if messages else await asyncio.sleep(3600)
+
+        async def send(message):
+            await asyncio.sleep(3600)  # what a client that is gone reads
+
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(app(scope, receive, send), 30)
+            for _ in range(1000):
+                if engine.stats().running == 0:
+                    return
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert engine.stats().running == 0 and engine.stats().generated_tokens < 2000
 
 
 def pieces(tokenizer, tokens, stop=()):
