@@ -7,7 +7,7 @@ MODEL ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all compare bench serve export notebooks figures clean
+.PHONY: help demo test test-all test-clients compare bench serve export notebooks figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,7 +30,10 @@ test: $(VENV)/.dev  ## every test, the notebooks included
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
 
-test-all: test  ## the same, for now
+test-all: test test-clients  ## the same, and clients that others wrote
+
+test-clients: $(VENV)/.course $(VENV)-clients/.done  ## LangChain and guidellm against the server
+	$(VENV)-clients/bin/python tools/clients.py $(abspath $(PY))
 
 export: $(VENV)/.dev  ## notebooks -> cbserver/
 	$(PY) tools/notebooks.py stamp
@@ -42,9 +45,10 @@ notebooks: $(VENV)/.dev  ## run all lessons and keep their outputs
 
 figures: $(VENV)/.course  ## draw the committed figures and README numbers from figures/data
 	$(PY) tools/figures.py
+	$(PY) tools/api.py
 
 clean:  ## remove .venv, caches and figures/latest
-	rm -rf $(VENV) figures/latest .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-clients figures/latest .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -61,4 +65,10 @@ $(VENV)/.course: requirements.txt requirements-model.txt | $(PY)
 
 $(VENV)/.dev: $(VENV)/.course requirements-dev.txt
 	@$(PIP) -r requirements-dev.txt || { echo "pip could not install requirements-dev.txt: see its message above, then run make again."; exit 1; }
+	@touch $@
+
+$(VENV)-clients/.done: requirements-clients.txt | $(PY)
+	$(PYTHON) -m venv $(VENV)-clients
+	@echo "Installing the clients into $(VENV)-clients (once, a few minutes)"
+	@$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
 	@touch $@

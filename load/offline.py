@@ -1,5 +1,7 @@
 """Measure engines without HTTP: every arm in a fresh process, through `submit()` and `stream()`.
 
+One more arm, `http`, is the best of them behind the server, with 50 users: what HTTP costs.
+
     python -m load.offline --slots 16,64 --repeats 3 --out figures/data/offline-h100.json
 """
 import argparse
@@ -20,15 +22,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+
 from load.results import first_gpu, hardware, order, versions, write_json
-from load.server import ROOT, LoadFailed, python_module
+from load.server import ROOT, LoadFailed, ServerProcess, python_module
 from load.workload import token_workload
 
 # The ladder, a rung a row. An arm runs the first `requests` of the list: the slow ones fewer.
 GPU_ARMS = {"generate": 16, "static": 64, "continuous": 64, "continuous+graphs": 256,
-            "continuous+graphs+compile": 256, "one-slot": 32, "transformers-cb": 128, "vllm": 256}
+            "continuous+graphs+compile": 256, "http": 256, "one-slot": 32,
+            "transformers-cb": 128, "vllm": 256}
 CPU_ARMS = {"generate": 16, "static": 64, "continuous": 160, "continuous+joined": 160,
-            "one-slot": 16, "transformers-cb": 160}
+            "http": 160, "one-slot": 16, "transformers-cb": 160}
 SINGLE = ("generate", "one-slot")  # one request at a time, whatever --slots says
 COMPARED = 64  # requests whose tokens are compared across arms
 SPAN = 512  # keys that every row sees when a single step is timed
@@ -44,7 +49,8 @@ def run_arm(case):
     if case["short"]:
         requests = [type(r)(r.prompt_tokens, min(r.max_tokens, case["short"])) for r in requests]
     sys.setswitchinterval(5e-4)  # as the server does
-    arm = {"transformers-cb": run_transformers, "vllm": run_vllm}.get(case["arm"], run_engine)
+    arm = {"transformers-cb": run_transformers, "vllm": run_vllm, "http": run_http}.get(
+        case["arm"], run_engine)
     outputs, numbers = arm(case, requests)
     wrong = [i for i, (r, out) in enumerate(zip(requests, outputs)) if len(out) != r.max_tokens]
     if wrong:
@@ -53,7 +59,8 @@ def run_arm(case):
     tokens = sum(map(len, outputs))
     digests = {name: [hashlib.sha1(repr(out[:length]).encode()).hexdigest()[:8]
                       for out in outputs[:COMPARED]]
-               for name, length in (("first 16 tokens", 16), ("whole", None))}
+               for name, length in (("first 16 tokens", 16), ("whole", None))
+               if case["arm"] != "http"}  # which answers in text
     return numbers | {"requests": len(requests), "tokens": tokens,
                       "tokens_per_s": round(tokens / numbers["seconds"], 2), "digests": digests}
 
@@ -251,6 +258,39 @@ def run_vllm(case, requests):
     outputs = engine.generate(prompts, params, use_tqdm=False)
     return [list(o.outputs[0].token_ids) for o in outputs], {
         "seconds": round(time.perf_counter() - start, 3), "warmup_s": round(warmup, 2)}
+
+
+def run_http(case, requests):
+    """The server as `python -m cbserver` starts it, 50 users each sending its next request."""
+    from load import users
+
+    if case["dtype"]:
+        raise LoadFailed("the server takes the device's own dtype; leave --dtype out")
+    began, me = time.perf_counter(), psutil.Process()
+    command = python_module("cbserver", "--model", case["model"], "--max-batch", case["slots"],
+                            "--max-len", case["max_len"], "--max-waiting", len(requests),
+                            "--prefill-budget", case["prefill_budget"])
+    with tempfile.TemporaryDirectory() as folder, ServerProcess(
+            command, f"{folder}/server.log", say=lambda line: None) as server:
+        few = [type(r)(r.prompt_tokens, min(r.max_tokens, 4)) for r in requests[:3]]
+        users.run(server.url, few)
+        process = psutil.Process(server.process.pid)
+        before, warmup = cpu_seconds(me, process), time.perf_counter() - began
+        outcomes, seconds = users.run(server.url, requests)
+        mine, servers = (b - a for a, b in zip(before, cpu_seconds(me, process)))
+        memory = round(process.memory_info().rss / 1e9, 2)
+    if failed := [o.error for o in outcomes if o.error]:
+        raise LoadFailed(f"{len(failed)} of {len(requests)} requests failed: {failed[0]}")
+    events = sum(len(o.event_times) for o in outcomes)
+    return [[None] * o.tokens for o in outcomes], {
+        "seconds": round(seconds, 3), "warmup_s": round(warmup, 2), "users": 50,
+        "tokens_per_event": round(sum(o.tokens for o in outcomes) / events, 3),
+        "client_cpu_percent": round(100 * mine / seconds, 1),  # of one core
+        "server_cpu_percent": round(100 * servers / seconds, 1), "server_rss_gb": memory}
+
+
+def cpu_seconds(*processes):
+    return [sum(process.cpu_times()[:2]) for process in processes]
 
 
 # What a long prompt does to running streams

@@ -1,5 +1,6 @@
 """Real clients: the official openai package, a fuzzer on our own schema, a supervisor's signals."""
 import asyncio
+import importlib.util
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from hypothesis.errors import Unsatisfiable
 from test_server import held, serving
 
 from cbserver.scheduler import ContinuousEngine
+from cbserver.server import ChatRequest, CompletionRequest
 from load.server import free_port
 
 CHAT = dict(model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=8, temperature=0,
@@ -148,6 +150,30 @@ def test_hostile_fields_are_served_or_refused_and_harm_nobody(url, change):
     assert response.status_code in (200, 400, 404), response.text
     assert response.status_code == 200 or response.json()["error"]["message"]
     assert httpx.get(f"{url}/health").status_code == 200
+
+
+OTHER = {"n": 2, "logit_bias": {"1": 2}, "stop_token_ids": [3], "best_of": 2, "echo": True,
+         "logprobs": 1, "suffix": "end", "top_logprobs": 2, "tools": [{}], "functions": [{}],
+         "tool_choice": "required", "modalities": ["audio"], "response_format": {"type": "json"},
+         "presence_penalty": 0.1, "frequency_penalty": -0.1, "repetition_penalty": 1.2,
+         "min_p": 0.1, "min_tokens": 1}
+
+
+@pytest.mark.parametrize("path, chat", [("/v1/completions", False), ("/v1/chat/completions", True)])
+def test_the_table_in_api_md_is_up_to_date_and_true(url, path, chat):
+    spec = importlib.util.spec_from_file_location("api_tool", ROOT / "tools" / "api.py")
+    api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(api)
+    page = (ROOT / "API.md").read_text()
+    assert page == api.filled(page), "API.md has drifted: run `make figures`"
+    rows = [row.split(" | ") for row in api.rows(ChatRequest if chat else CompletionRequest)]
+    refused = [row[0].strip("| `") for row in rows if row[1] == "only the default"]
+    assert len(refused) >= 12 and len(rows) - len(refused) >= 11
+    body = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a"}
+    for name in refused:
+        response = httpx.post(url + path, json={**body, name: OTHER[name]},
+                              headers={"Authorization": "Bearer sesame"})
+        assert response.status_code == 400 and response.json()["error"]["param"] == name
 
 
 @pytest.mark.parametrize("mode", schemathesis.GenerationMode)

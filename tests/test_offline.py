@@ -10,9 +10,9 @@ from load.workload import token_workload
 
 
 def options(out, *more):
-    return offline.parse(["--model", "random:tiny", "--arms", "generate,continuous,transformers-cb",
-                          "--requests", "5", "--longest", "24", "--repeats", "1",
-                          "--out", str(out), *more])
+    arms = "generate,continuous,transformers-cb,http"
+    return offline.parse(["--model", "random:tiny", "--arms", arms, "--requests", "5",
+                          "--longest", "24", "--repeats", "1", "--out", str(out), *more])
 
 
 def test_arms_are_measured_compared_and_resumed(tmp_path, capsys):
@@ -30,7 +30,7 @@ def test_arms_are_measured_compared_and_resumed(tmp_path, capsys):
     capsys.readouterr()
     again = offline.measure(options(out))
     assert again["rows"] == result["rows"] and capsys.readouterr().out == "", "nothing is run twice"
-    assert offline.table(result).count("\n") == 4
+    assert offline.table(result).count("\n") == 5
     ladder.ladder_figure(result).savefig(tmp_path / "ladder.png")
 
 

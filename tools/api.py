@@ -1,0 +1,63 @@
+"""Fill in API.md's tables: every field that clients may send, from the server's own schema."""
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from cbserver.server import ChatRequest, CompletionRequest  # noqa: E402
+from figures import write_readme  # noqa: E402
+
+
+def rows(model):
+    """A table row for each field of a request model."""
+    schema = model.model_json_schema()
+    for name, field in schema["properties"].items():
+        parts = [p for p in field.get("anyOf", [field]) if p.get("type") != "null"] or [field]
+        supported = not all(fixed(part) for part in parts)
+        kinds = " or ".join(kind(part, schema) for part in parts)
+        default = json.dumps(field.get("default"))
+        default = "required" if name in schema["required"] else f"`{default}`"
+        says = field.get("description", "") if supported else "not supported"
+        yield f"| `{name}` | {kinds if supported else 'only the default'} | {default} | {says} |"
+
+
+def fixed(part):
+    """Whether a field takes one value alone."""
+    return ("const" in part or "enum" in part or part.get("type") == "null"
+            or 0 in (part.get("maxItems"), part.get("maxProperties"))
+            or part.get("minimum", "none") == part.get("maximum")
+            or any(fixed(part[inner]) for inner in ("items", "additionalProperties")
+                   if isinstance(part.get(inner), dict)))
+
+
+def kind(part, schema):
+    """`integer, from 1`; `list of integer`; …"""
+    if "$ref" in part:
+        return kind(schema["$defs"][part["$ref"].split("/")[-1]], schema)
+    text = {"array": "list of ", "object": "object of "}.get(part.get("type"), part.get("type", ""))
+    if "items" in part:
+        text += kind(part["items"], schema)
+    if "properties" in part:
+        text += ", ".join(f"`{name}`" for name in part["properties"])
+    for key, words in (("minimum", "from"), ("exclusiveMinimum", "over"), ("maximum", "to"),
+                       ("exclusiveMaximum", "under"), ("maxItems", "at most"),
+                       ("maxLength", "of at most")):
+        if key in part:
+            text += f", {words} {part[key]:,}"
+    return text
+
+
+def filled(page):
+    """API.md's text with the two tables of fields as they are now."""
+    for name, model in (("completions", CompletionRequest), ("chat", ChatRequest)):
+        table = ["| field | takes | default | |", "| --- | --- | --- | --- |", *rows(model)]
+        page = write_readme("\n".join(table), page, name)
+    return page
+
+
+if __name__ == "__main__":
+    page = ROOT / "API.md"
+    page.write_text(filled(page.read_text()))
+    print(page.name)

@@ -1,0 +1,115 @@
+"""Run clients that we do not write against the server, unmodified: LangChain, guidellm, vLLM's.
+
+    make test-clients        # in a virtual environment of their own
+"""
+import asyncio
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from load.results import hardware, versions, write_json  # noqa: E402
+from load.server import ServerProcess  # noqa: E402
+
+KEY, REQUESTS, TOKENS = "sesame", 32, 24
+
+
+def langchain(url, folder):
+    """ChatOpenAI: whole, streamed, several at once, asynchronous."""
+    from langchain_openai import ChatOpenAI
+
+    chat = ChatOpenAI(base_url=f"{url}/v1", api_key=KEY, model="smollm2", temperature=0,
+                      max_tokens=TOKENS, max_retries=0, stream_usage=True)
+    question = "Name three primary colours."
+    whole = chat.invoke(question)
+    parts = list(chat.stream(question))
+    assert "".join(part.content for part in parts) == whole.content != ""
+    assert whole.usage_metadata["output_tokens"] <= TOKENS
+    assert sum(part.usage_metadata["output_tokens"] for part in parts if part.usage_metadata) \
+        == whole.usage_metadata["output_tokens"]
+    answers = chat.batch([question] * 4)
+    assert {answer.content for answer in answers} == {whole.content}
+    assert asyncio.run(chat.ainvoke(question)).content == whole.content
+    return {"answer": whole.content, "usage": whole.usage_metadata}
+
+
+def guidellm(url, folder):
+    """guidellm's benchmark: 8 streams, synthetic prompts, no request may fail."""
+    out = Path(folder) / "guidellm.json"
+    run([tool("guidellm"), "run", "--backend", f"kind=openai_http,target={url},api_key={KEY}",
+         "--profile", "kind=concurrent,streams=8",
+         "--constraint", f"kind=max_requests,count={REQUESTS}",
+         "--data", f"kind=synthetic_text,prompt_tokens=32,output_tokens={TOKENS}",
+         "--tokenizer", f"kind=huggingface_auto,model={model_folder()}",
+         "--output", f"kind=json,path={out}", "--disable-console-interactive"])
+    metrics = json.loads(out.read_text())["benchmarks"][0]["metrics"]
+    totals = metrics["request_totals"]
+    assert totals["successful"] == REQUESTS and totals["errored"] == 0, totals
+    mean = {name: round(metrics[name]["successful"]["mean"], 1) for name in
+            ("output_tokens_per_second", "time_to_first_token_ms", "inter_token_latency_ms")}
+    assert metrics["output_token_count"]["successful"]["mean"] == TOKENS
+    return {"requests": totals, **mean}
+
+
+def vllm(url, folder):
+    """vLLM's own load generator."""
+    run([tool("vllm"), "bench", "serve", "--backend", "openai", "--base-url", url, "--model",
+         "smollm2", "--tokenizer", model_folder(), "--dataset-name", "random",
+         "--random-input-len", "32", "--random-output-len", str(TOKENS), "--ignore-eos",
+         "--num-prompts", str(REQUESTS), "--save-result", "--result-dir", folder,
+         "--result-filename", "vllm.json"], OPENAI_API_KEY=KEY)
+    result = json.loads((Path(folder) / "vllm.json").read_text())
+    assert result["completed"] == REQUESTS and result["total_output_tokens"] == REQUESTS * TOKENS
+    return {key: result[key] for key in ("completed", "output_throughput", "mean_ttft_ms",
+                                         "mean_itl_ms")}
+
+
+def tool(name):
+    """The command of this environment, or one on the path; None: it is not installed."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def run(command, **env):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"} | env)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+
+
+def model_folder():
+    """SmolLM2's tokenizer as a folder, for tools that count tokens themselves."""
+    done = subprocess.run([sys.argv[1], "-c", "from cbserver.baseline import embedded_smollm2 as f;"
+                           "print(f())"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def main():
+    """sys.argv[1]: the Python that has the course's packages, which runs the server."""
+    result = {"hardware": hardware(), "command": "make test-clients",
+              "date": datetime.date.today().isoformat(),
+              "versions": versions("langchain-openai", "guidellm", "vllm", "openai"), "clients": {}}
+    with tempfile.TemporaryDirectory() as folder, ServerProcess(
+            [sys.argv[1], "-m", "cbserver", "--model", "smollm2", "--max-len", "1024",
+             "--api-key", KEY], f"{folder}/server.log") as server:
+        for client in (langchain, guidellm, vllm):
+            name = client.__name__
+            if name == "vllm" and not tool("vllm"):
+                print("vllm: not installed, so its load generator was not run", flush=True)
+                result["clients"][name] = "not installed"
+                continue
+            print(f"{name}: ", end="", flush=True)
+            result["clients"][name] = client(server.url, folder)
+            print(result["clients"][name], flush=True)
+    write_json(result, ROOT / "figures" / "data" / "clients.json")
+    print("figures/data/clients.json")
+
+
+if __name__ == "__main__":
+    main()
