@@ -617,6 +617,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, signal, frame):
         if self.deadline < math.inf:
+            if ngrok := sys.modules.get("pyngrok.ngrok"):
+                ngrok.kill()  # or the tunnel would outlive the server
             os._exit(1)
         self.deadline = time.monotonic() + self.drain_timeout
         self.engine.close(None)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 class Outcome:
     """One request: HTTP status, when it was sent, when each event came, what the server counted."""
 
+    LEFT = "the client left"  # an error of its own making
     status: int = 0
     start: float = 0.0  # seconds of time.perf_counter()
     event_times: list = field(default_factory=list)
@@ -21,63 +22,81 @@ class Outcome:
     error: str | None = None
 
 
-def run(url, requests, users=50, api_key=None):
+def run(url, requests, users=50):
     """Send all requests, `users` at a time, each user the next one when its last is done.
 
     requests: objects with prompt_tokens and max_tokens. Returns ([Outcome], seconds).
     """
-    return asyncio.run(closed_loop(url, requests, users, api_key))
+    return asyncio.run(closed_loop(url, requests, users))
 
 
-async def closed_loop(url, requests, users=50, api_key=None):
+async def closed_loop(url, requests, users):
     outcomes, numbered = [None] * len(requests), iter(enumerate(requests))
 
     async def user():
-        reader = writer = None
-        try:
-            for i, request in numbered:
-                if writer is None or writer.is_closing():
-                    where = urlsplit(url)
-                    reader, writer = await asyncio.open_connection(where.hostname, where.port)
-                outcomes[i] = await ask(reader, writer, request, api_key)
-        finally:
-            if writer is not None:
-                writer.close()
+        connection = await connect(url)
+        for i, request in numbered:
+            outcomes[i] = await connection.ask(request)
+            if outcomes[i].error:
+                connection.close()
+                connection = await connect(url)
+        connection.close()
 
     start = time.perf_counter()
     await asyncio.gather(*[user() for _ in range(min(users, len(requests)))])
     return outcomes, time.perf_counter() - start
 
 
-async def ask(reader, writer, request, api_key=None):
-    """One streamed completion over an open connection, which stays open: an Outcome."""
-    body = json.dumps({"prompt": request.prompt_tokens, "max_tokens": request.max_tokens,
-                       "temperature": 0, "ignore_eos": True, "stream": True,
-                       "stream_options": {"include_usage": True}})
-    key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-    writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{key}Content-Type: "
-                 f"application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-    outcome, last = Outcome(start=time.perf_counter()), b""
-    outcome.status = int((await reader.readline()).split()[1])
-    while (line := await reader.readline()).strip():  # headers
-        if line.lower().startswith(b"content-length:") and outcome.status != 200:
-            last = b"error"
-            length = int(line.split(b":")[1])
-    if outcome.status != 200:
-        outcome.error = (await reader.readexactly(length)).decode() if last else "no body"
+async def connect(url):
+    where = urlsplit(url)
+    return Connection(*await asyncio.open_connection(where.hostname, where.port))
+
+
+class Connection:
+    """A connection that stays open from one request to the next; after an error it is spent."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    def close(self):
+        self.writer.close()
+
+    async def ask(self, request, leave_after=None):
+        """One streamed completion, or its first `leave_after` events: an Outcome."""
+        body = json.dumps({"prompt": request.prompt_tokens, "max_tokens": request.max_tokens,
+                           "temperature": 0, "ignore_eos": True, "stream": True,
+                           "stream_options": {"include_usage": True}})
+        outcome = Outcome(start=time.perf_counter())
+        self.writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                          f"application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+                          .encode())
+        try:
+            await self.read(outcome, leave_after)
+        except (OSError, ValueError, IndexError, asyncio.IncompleteReadError) as error:
+            outcome.error = f"cut off: {error!r}"
         return outcome
-    while line := await reader.readline():
-        if line.startswith(b"data: [DONE]"):
-            break
-        if line.startswith(b"data: "):
-            outcome.event_times.append(time.perf_counter())
-            last = line
-    while (line := await reader.readline()) not in (b"0\r\n", b""):  # the end of the chunks
-        pass
-    await reader.readline()
-    end = json.loads(last[6:]) if last else {"error": "cut off"}
-    outcome.error = json.dumps(end["error"]) if "error" in end else None
-    if not outcome.error:
-        outcome.event_times.pop()  # the usage
-        outcome.tokens = end["usage"]["completion_tokens"]
-    return outcome
+
+    async def read(self, outcome, leave_after):
+        outcome.status = int((await self.reader.readline()).split()[1])
+        while (await self.reader.readline()).strip():  # headers
+            pass
+        if outcome.status != 200:
+            outcome.error = f"HTTP {outcome.status}"
+            return
+        last = b""
+        while not (line := await self.reader.readline()).startswith(b"data: [DONE]"):
+            if line.startswith(b"data: "):
+                outcome.event_times.append(time.perf_counter())
+                last = line
+                if len(outcome.event_times) == leave_after:
+                    outcome.error = Outcome.LEFT
+                    return
+            elif not line:
+                raise asyncio.IncompleteReadError(last, None)
+        while await self.reader.readline() not in (b"0\r\n", b""):  # the last of the chunks
+            pass
+        await self.reader.readline()
+        end = json.loads(last[6:])
+        outcome.event_times.pop()  # the usage, or an error
+        outcome.error = json.dumps(end["error"]) if "error" in end else None
+        outcome.tokens = 0 if outcome.error else end["usage"]["completion_tokens"]

@@ -260,7 +260,8 @@ def test_a_drain_is_bounded_and_a_second_signal_ends_at_once():
         assert '"engine_stopped"' in rest[-2] and rest[-1] == "data: [DONE]"
         assert server.process.wait(30) == 0
     with Process(script=slow) as server, server.stream() as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: a client that drops it has left
+        next(lines)
         server.process.send_signal(signal.SIGTERM)
         for _ in range(100):
             if httpx.get(f"{server.client.base_url}/ready").status_code == 503:

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from load import ladder, offline
+from load import ladder, offline, soak, users
 from load.results import order
 from load.server import LoadFailed
 from load.workload import token_workload
@@ -54,8 +54,8 @@ def test_an_arm_that_fails_is_said_and_the_others_go_on(tmp_path, monkeypatch, c
     result = offline.measure(options(tmp_path / "offline.json"))
     assert result["failed"] == {"generate, 1 slots": "no memory"}
     assert "no memory" in capsys.readouterr().out
-    assert [row["arm"] for row in result["rows"] if row["repeats"]] == ["continuous",
-                                                                        "transformers-cb"]
+    measured = [row["arm"] for row in result["rows"] if row["repeats"]]
+    assert measured == ["continuous", "transformers-cb", "http"]
 
 
 def test_repeats_are_in_balanced_order():
@@ -78,3 +78,31 @@ def test_unknown_arms_and_a_missing_vllm_are_said(capsys):
     assert "generate" in capsys.readouterr().err
     assert "vllm" not in offline.parse(["--with-vllm"]).arms
     assert "pip install vllm" in capsys.readouterr().out
+
+
+def test_a_soak_counts_who_left_who_failed_and_what_memory_did(tmp_path, capsys):
+    out = tmp_path / "soak.json"
+    assert soak.main(["--model", "random:tiny", "--minutes", "0.06", "--interval", "1", "--users",
+                      "20", "--longest", "24", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    rows = result["rows"]
+    assert sum(row["requests"] for row in rows) > 20 and sum(row["left"] for row in rows) > 0
+    assert all(row["failures"] == 0 and row["rss_mb"] > 50 for row in rows)
+    assert all(line.endswith(" 0.0") for line in result["at_rest"]), "every slot is free again"
+    assert result["verdict"]["requests"] > 0 and "verdict" not in capsys.readouterr().err
+    soak.figure(result).savefig(tmp_path / "soak.png")
+
+
+def test_the_lean_users_see_refusals_cuts_and_every_token(tiny):
+    from test_server import serving
+
+    from cbserver.scheduler import ContinuousEngine
+
+    requests = token_workload("uniform", 30, longest=24, vocab=511)
+    with serving(ContinuousEngine(*tiny)) as url:
+        outcomes, seconds = users.run(url, requests, users=7)
+        assert [o.tokens for o in outcomes] == [r.max_tokens for r in requests] and seconds > 0
+        assert all(o.error is None and o.start < o.event_times[0] for o in outcomes)
+    with serving(ContinuousEngine(*tiny, max_len=20)) as url:
+        outcomes, _ = users.run(url, requests[:4], users=2)
+    assert [(o.status, o.error) for o in outcomes] == [(400, "HTTP 400")] * 4

@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
-from load import ladder, report  # noqa: E402
+from load import ladder, report, soak  # noqa: E402
 from load.offline import table  # noqa: E402
 
 DATA = ROOT / "figures" / "data"
@@ -44,6 +44,34 @@ def ladder_text():
     return "\n".join([*parts, f"A prediction, not a measurement: on a T4 (320 GB/s) the same model "
                       f"of a step gives, in tokens/s at 16 slots, {guesses}; check it there with "
                       f"`{ladder.COMMAND}`."])
+
+
+def http_text():
+    """What HTTP costs and how a long load went, for the README."""
+    parts = []
+    for device, engine in (("cpu", "continuous"), ("h100", "continuous+graphs+compile")):
+        path = DATA / f"offline-{device}.json"
+        rows = {(row["arm"], row["slots"]): row for row in json.loads(path.read_text())["rows"]}
+        for (arm, slots), row in rows.items():
+            if arm == "http" and row["repeats"]:
+                alone, run = rows[engine, slots]["tokens_per_s"], row["repeats"][0]
+                parts.append(
+                    f"{row['tokens_per_s']:,.0f} tokens/s over HTTP with 50 users against "
+                    f"{alone:,.0f} without on {device.upper()} at {slots} slots: "
+                    f"{row['tokens_per_s'] / alone:.0%} ({len(row['repeats'])} repeats, "
+                    f"{run['tokens_per_event']:.2f} tokens an event, client at "
+                    f"{run['client_cpu_percent']:.0f} % of a core)")
+    text = [f"What HTTP costs (`python -m load.offline`): {'; '.join(parts)}."] if parts else []
+    if (DATA / "soak-cpu.json").exists():
+        result = json.loads((DATA / "soak-cpu.json").read_text())
+        v = result["verdict"]
+        text += ["", f"A soak (`{result['command']}`), first against last third: memory "
+                 f"{v['rss_mb'][0]:,.0f} and {v['rss_mb'][1]:,.0f} MB, gap between tokens "
+                 f"{v['itl_p50_ms'][0]:.0f} and {v['itl_p50_ms'][1]:.0f} ms, "
+                 f"{v['requests']:,} requests, {v['failures']} failures, every fifth client "
+                 "gone before its end.", "",
+                 "![Memory and latency over time](figures/soak-cpu.png)"]
+    return "\n".join(text)
 
 
 def more_text(device):
@@ -93,9 +121,14 @@ def main():
         figure = ROOT / "figures" / f"{path.stem}.png"
         ladder.ladder_figure(json.loads(path.read_text())).savefig(figure)
         print(figure.relative_to(ROOT))
+    if (DATA / "soak-cpu.json").exists():
+        soak.figure(json.loads((DATA / "soak-cpu.json").read_text())).savefig(
+            ROOT / "figures" / "soak-cpu.png")
+        print("figures/soak-cpu.png")
     readme = ROOT / "README.md"
     result = json.loads((DATA / "compare-cpu.json").read_text())
     text = write_readme(numbers(result), readme.read_text())
+    text = write_readme(http_text(), text, "http")
     readme.write_text(write_readme(ladder_text(), text, "ladder"))
     print("README.md")
 

@@ -1,0 +1,190 @@
+"""Load a server for a long time and watch what should not move: its memory, and its latency.
+
+    python -m load.soak --minutes 30
+"""
+import argparse
+import asyncio
+import datetime
+import itertools
+import json
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from cbserver.metrics import percentile
+from load.results import hardware, versions, write_json
+from load.server import LoadFailed, ServerProcess, http, python_module
+from load.users import Outcome, connect
+from load.workload import token_workload
+
+LEAVES = 5  # every fifth user's request is cut off by the client after a few tokens
+VOCABULARY = {"random:tiny": 511, "smollm2": 49_000}
+
+
+async def soak(url, options, watch):
+    """Users without pause until the time is over; `watch(outcomes)` once an interval."""
+    requests = itertools.cycle(token_workload("uniform", 512, options.seed, options.longest,
+                                              VOCABULARY.get(options.model, 128_000)))
+    end, done, counter = time.monotonic() + 60 * options.minutes, [], itertools.count()
+
+    async def user():
+        connection = None
+        while time.monotonic() < end:
+            connection = connection or await connect(url)
+            leaves = 3 if next(counter) % LEAVES == 0 else None
+            outcome = await connection.ask(next(requests), leave_after=leaves)
+            done.append(outcome)
+            if outcome.error:
+                connection.close()
+                connection = None
+        if connection:
+            connection.close()
+
+    users = [asyncio.create_task(user()) for _ in range(options.users)]
+    while not all(task.done() for task in users):
+        await asyncio.wait(users, timeout=options.interval)
+        finished = done[:]
+        done.clear()
+        watch(finished)
+    await asyncio.gather(*users)
+
+
+def interval_row(outcomes, seconds, process, url, began):
+    """What one interval looked like: speed, latencies in ms, the server's memory and gauges."""
+    served = [o for o in outcomes if not o.error]
+    gaps = [b - a for o in served for a, b in zip(o.event_times, o.event_times[1:])]
+    first = [o.event_times[0] - o.start for o in served if o.event_times]
+    gauges = {line.split()[0]: float(line.split()[1])
+              for line in http(f"{url}/metrics")[1].splitlines() if line.startswith("num_requests")}
+    return {"minute": round((time.monotonic() - began) / 60, 2), "requests": len(served),
+            "left": sum(o.error == Outcome.LEFT for o in outcomes),
+            "failures": sum(bool(o.error) and o.error != Outcome.LEFT for o in outcomes),
+            "tokens_per_s": round(sum(o.tokens for o in served) / seconds, 1),
+            "ttft_ms": spread(first), "itl_ms": spread(gaps),
+            "rss_mb": round(process.memory_info().rss / 1e6, 1), "fds": process.num_fds(),
+            "threads": process.num_threads(), "running": gauges["num_requests_running"],
+            "waiting": gauges["num_requests_waiting"]}
+
+
+def spread(seconds):
+    return {f"p{q}": round(1e3 * percentile(seconds, q), 1) for q in (50, 99)} if seconds else {}
+
+
+def run(options):
+    """Start the server, soak it; the result is on disk after every interval."""
+    began, rows = time.monotonic(), []
+    result = {"hardware": hardware(), "model": options.model, "command": options.command,
+              "versions": versions("torch", "transformers", "fastapi", "uvicorn"),
+              "date": datetime.date.today().isoformat(), "users": options.users, "rows": rows}
+    with tempfile.TemporaryDirectory() as folder, ServerProcess(
+            python_module("cbserver", "--model", options.model, "--max-batch", 16, "--max-len",
+                          2 * options.longest), f"{folder}/server.log") as server:
+        process, last = psutil.Process(server.process.pid), [time.monotonic()]
+
+        def watch(outcomes):
+            now = time.monotonic()
+            rows.append(interval_row(outcomes, now - last[0], process, server.url, began))
+            last[0] = now
+            write_json(result | verdict(rows), options.out)
+            row = rows[-1]
+            print(f"minute {row['minute']:5.1f}: {row['tokens_per_s']:7.1f} tokens/s, "
+                  f"{row['rss_mb']:.0f} MB, TTFT p99 {row['ttft_ms'].get('p99', '-')} ms, "
+                  f"{row['failures']} failures", flush=True)
+
+        asyncio.run(soak(server.url, options, watch))
+        result |= verdict(rows)
+        result["at_rest"] = settle(server.url)
+    write_json(result, options.out)
+    return result
+
+
+def verdict(rows):
+    """First against last third, the first interval left out: it warms up."""
+    rows = rows[1:-1] or rows
+    third = max(1, len(rows) // 3)
+    first, last = rows[:third], rows[-third:]
+
+    def mean(part, value):
+        values = [value(row) for row in part if row["requests"]]
+        return round(sum(values) / max(1, len(values)), 1)
+
+    return {"verdict": {
+        "requests": sum(row["requests"] for row in rows),
+        "failures": sum(row["failures"] for row in rows),
+        "rss_mb": [mean(first, lambda r: r["rss_mb"]), mean(last, lambda r: r["rss_mb"])],
+        "itl_p50_ms": [mean(first, lambda r: r["itl_ms"].get("p50", 0)),
+                       mean(last, lambda r: r["itl_ms"].get("p50", 0))],
+        "tokens_per_s": [mean(first, lambda r: r["tokens_per_s"]),
+                         mean(last, lambda r: r["tokens_per_s"])]}}
+
+
+def settle(url):
+    """The gauges once everybody has gone: both should be 0."""
+    for _ in range(100):
+        gauges = [line for line in http(f"{url}/metrics")[1].splitlines()
+                  if line.startswith("num_requests")]
+        if all(line.endswith(" 0.0") for line in gauges):
+            break
+        time.sleep(0.1)
+    return gauges
+
+
+def figure(result):
+    """RSS and latency over time."""
+    import matplotlib.pyplot as plt
+
+    from load.report import STYLE
+
+    rows = [row for row in result["rows"] if row["itl_ms"]]
+    minutes = [row["minute"] for row in rows]
+    with plt.rc_context(STYLE):
+        drawn, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True,
+                                            layout="constrained")
+        top.plot(minutes, [row["rss_mb"] for row in rows], color="#0072B2")
+        top.set(ylabel="server RSS, MB", ylim=(0, None))
+        for q, style in (("p50", "-"), ("p99", "--")):
+            bottom.plot(minutes, [row["itl_ms"][q] for row in rows], style, color="#0072B2",
+                        label=f"gap between tokens, {q}")
+            bottom.plot(minutes, [row["ttft_ms"][q] for row in rows], style, color="#D55E00",
+                        label=f"first token, {q}")
+        bottom.set(ylabel="ms", yscale="log", xlabel="minutes")
+        bottom.legend(fontsize=8, ncols=2)
+        drawn.suptitle(f"{result['users']} users without pause, every fifth request cut off: "
+                       f"{result['model']}\n{result['hardware']}", fontsize=9)
+        return drawn
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m load.soak",
+                                     description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--minutes", type=float, default=30, help="how long (30)")
+    add("--users", type=int, default=24, help="how many at once, more than there are slots (24)")
+    add("--interval", type=float, default=30, help="seconds for each row (30)")
+    add("--model", default="smollm2", help="as for cbserver (smollm2)")
+    add("--longest", type=int, default=64, help="longest prompt and output in tokens (64)")
+    add("--seed", type=int, default=0, help="of the workload (0)")
+    add("--out", type=Path, default=Path("figures/data/soak-cpu.json"), help="the result")
+    options = parser.parse_args(arguments)
+    options.command = shlex.join(["python", "-m", "load.soak", *(
+        sys.argv[1:] if arguments is None else arguments)])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def main(arguments=None):
+    try:
+        result = run(parse(arguments))
+    except LoadFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result["verdict"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
