@@ -101,19 +101,20 @@ class FastStep(BatchRunner):
     """BatchRunner's two passes recorded as CUDA graphs: one launch a pass instead of hundreds.
 
     A graph replays fixed shapes on fixed tensors: there is one for each size, and a pass is padded
-    to the next. compiled: also write a Llama-like model's forward pass out in few operations.
+    to the next. compiled: also write a Llama-like model's forward pass out in few operations,
+    kernel: with attend_kernel in it.
     """
 
-    def __init__(self, model, slots, max_len, compiled=True):
+    def __init__(self, model, slots, max_len, compiled=True, kernel=True):
         super().__init__(model, slots, max_len)
         self.compiled, self.graphs, self.span = False, {}, self.tokens.new_tensor(max_len)
         if compiled:
-            self.fuse(gpu=model.device.type == "cuda")
+            self.fuse(model.device.type == "cuda", kernel)
         if model.device.type == "cuda":
             self.record_all(slots, max_len)
 
     @torch.inference_mode()
-    def fuse(self, gpu):
+    def fuse(self, gpu, kernel):
         "Take `written_out`, if it can be built and agrees with the model's own pass."
         try:
             c, self.base = self.model.config, self.model.base_model
@@ -123,7 +124,7 @@ class FastStep(BatchRunner):
                            for a, m in ((b.self_attn, b.mlp) for b in self.base.layers)]
             self.cos, self.sin = (t[0].contiguous() for t in self.base.rotary_emb(  # [max_len, dim]
                 self.cache.keys, self.cache.index[None, :self.cache.max_len]))
-            self.kernel = jit(attend_kernel) if jit and gpu else None
+            self.kernel = jit(attend_kernel) if jit and gpu and kernel else None
             self.add_norm, self.silu_mul, self.rotate = (
                 torch.compile(f, dynamic=True) if gpu else f for f in (add_norm, silu_mul, rotate))
             tokens = 1 + self.cache.index[:8].view(2, 4)

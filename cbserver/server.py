@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'REFUSALS', 'router', 'protected', 'SECONDS', 'LATENCIES', 'ENGINES', 'completions', 'chat_completions',
-           'models', 'health', 'ready', 'metrics', 'Metrics', 'create_app', 'refused', 'invalid', 'ngrok_token',
-           'open_tunnel', 'parse', 'build_engine', 'Server', 'explain', 'check_port', 'main']
+           'models', 'model', 'health', 'ready', 'metrics', 'Metrics', 'create_app', 'refused', 'invalid',
+           'ngrok_token', 'open_tunnel', 'parse', 'build_engine', 'Server', 'explain', 'check_port', 'main']
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c03
 import argparse
 import asyncio
+import faulthandler
 import hmac
 import json
 import logging
@@ -21,7 +22,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Annotated, Literal
 
 import torch
@@ -92,15 +93,12 @@ class Detokenizer:
 Nothing = Annotated[list, Field(max_length=0)]  # a list that may be sent, if it is empty
 Empty = Annotated[dict, Field(max_length=0)]
 Stop = Annotated[str, Field(max_length=1000)]
+# Of a million wrong entries one is reported: a list of errors could be larger than memory.
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = Field(False, description="a last chunk with the token counts")
-
-
-class GenerationRequest(BaseModel):
-    "What completions and chat have in common. Fields with one value are known, not supported."
-
+class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def null_means_default(cls, body):
@@ -109,6 +107,13 @@ class GenerationRequest(BaseModel):
             return body
         return {name: value for name, value in body.items() if value is not None}
 
+
+class StreamOptions(Body):
+    include_usage: bool = Field(False, description="a last chunk with the token counts")
+
+
+class GenerationRequest(Body):
+    "What completions and chat have in common. Fields with one value are known, not supported."
     model: str | None = Field(None, description="the served model's name, or nothing")
     max_tokens: int | None = Field(None, ge=1, description="at most so many; completions: 16, "
                                    "chat: what the prompt leaves of the context")
@@ -137,7 +142,7 @@ class GenerationRequest(BaseModel):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+    prompt: str | Tokens | Texts | Annotated[list[Tokens], Field(fail_fast=True)] = Field(
         description="text or token ids; a list of prompts may hold one")
     best_of: Literal[1] = 1
     echo: Literal[False] = False
@@ -145,24 +150,30 @@ class CompletionRequest(GenerationRequest):
     suffix: Literal[""] = ""
 
 
-class TextPart(BaseModel):
+class TextPart(Body):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Body):
     role: str = Field(description="system, user or assistant, as the model's template has it")
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    tool_calls: Nothing = []
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="max_tokens, renamed")
     logprobs: Literal[False] = False
     top_logprobs: Literal[0] = 0
     tools: Nothing = []
     tool_choice: Literal["none", "auto"] = "none"
     functions: Nothing = []
+    function_call: Literal["none", "auto"] = "none"
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    web_search_options: None = None
     modalities: list[Literal["text"]] = ["text"]
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c12
@@ -181,13 +192,13 @@ STATUS = {PromptTooLong: (400, "context_length_exceeded", None), ValueError: (40
           EngineStopped: (503, "engine_stopped", None)}
 
 
-def submit(request, tokens, params):
+def submit(request, tokens, params, field):
     "Queue a request with the engine, or raise the APIError that fits."
     try:
         return request.app.state.engine.submit(tokens, params)
     except tuple(STATUS) as error:
         status, code, headers = next(STATUS[kind] for kind in STATUS if isinstance(error, kind))
-        raise APIError(status, str(error), "prompt" if status == 400 else None, code, headers)
+        raise APIError(status, str(error), field if status == 400 else None, code, headers)
 
 
 def check_model(request, name):
@@ -282,7 +293,8 @@ async def pieces(engine, sequence):
     except EngineStopped as error:
         raise APIError(500, str(error), code="engine_failed")
     if sequence.finish_reason == "timeout":
-        raise APIError(408, "not done within the server's request timeout", code="timeout")
+        raise APIError(408, "not done within the server's request timeout", code="timeout",
+                       headers={"X-Should-Retry": "false"})  # openai's would, at the same cost
     raise APIError(503, "the server is shutting down", code="engine_stopped")
 
 
@@ -350,24 +362,30 @@ def event(data):
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c17
 class EventStream(StreamingResponse):
-    "Server-sent events; `attended` even if the client leaves before the first of them."
+    """Server-sent events; `attended` even if the client leaves before the first of them.
+
+    limit: seconds; a client that never reads is given up then, whatever is left to send.
+    """
+
+    def __init__(self, events, headers, attended, limit):
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.attended, self.limit = attended, limit
 
     async def __call__(self, scope, receive, send):
-        with self.attended:
-            await super().__call__(scope, receive, send)
+        with self.attended, suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(super().__call__(scope, receive, send), self.limit)
 
 
 async def respond(request, body, tokens, max_tokens, chat):
     "Submit, then answer as a stream or as a whole."
     app, engine = request.app, request.app.state.engine
-    sequence = submit(request, tokens, body.sampling(max(1, max_tokens)))
+    sequence = submit(request, tokens, body.sampling(max(1, max_tokens)),
+                      "messages" if chat else "prompt")
     reply = Reply(app, sequence, chat)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": reply.id}
     if body.stream:
-        events = EventStream(reply.stream(body.stream_options.include_usage),
-                             media_type="text/event-stream", headers=headers)
-        events.attended = attended(app, sequence, reply.id)
-        return events
+        return EventStream(reply.stream(body.stream_options.include_usage), headers,
+                           attended(app, sequence, reply.id), app.state.timeout + 5)
     with attended(app, sequence, reply.id):
         watcher = asyncio.create_task(abort_on_disconnect(request, engine, sequence))
         try:
@@ -394,7 +412,8 @@ protected = APIRouter(dependencies=[Depends(authorize)])
 async def completions(request: Request, body: CompletionRequest):
     "Continue a prompt."
     check_model(request, body.model)
-    tokens = prompt_tokens(request.app.state.engine.tokenizer, body.prompt)
+    tokenizer = request.app.state.engine.tokenizer
+    tokens = await asyncio.to_thread(prompt_tokens, tokenizer, body.prompt)
     return await respond(request, body, tokens, body.max_tokens or 16, chat=False)
 
 
@@ -403,7 +422,7 @@ async def chat_completions(request: Request, body: ChatRequest):
     "Answer a conversation."
     check_model(request, body.model)
     engine = request.app.state.engine
-    tokens = chat_tokens(engine.tokenizer, body.messages)
+    tokens = await asyncio.to_thread(chat_tokens, engine.tokenizer, body.messages)
     wanted = body.max_completion_tokens or body.max_tokens or engine.max_len - len(tokens)
     return await respond(request, body, tokens, wanted, chat=True)
 
@@ -411,10 +430,15 @@ async def chat_completions(request: Request, body: ChatRequest):
 @protected.get("/v1/models")
 async def models(request: Request):
     "The one model that is served."
-    state = request.app.state
-    return {"object": "list", "data": [{
-        "id": state.model_name, "object": "model", "created": state.created,
-        "owned_by": "cbserver", "root": state.model_name, "max_model_len": state.engine.max_len}]}
+    return {"object": "list", "data": [await model(request, request.app.state.model_name)]}
+
+
+@protected.get("/v1/models/{name:path}")
+async def model(request: Request, name: str):
+    "The model of this name, if it is the one."
+    check_model(request, name)
+    return {"id": name, "object": "model", "created": request.app.state.created, "root": name,
+            "owned_by": "cbserver", "max_model_len": request.app.state.engine.max_len}
 
 
 @router.get("/health")
@@ -455,6 +479,8 @@ class Metrics:
         self.registry.register(self)
         self.ended = Counter("request_success", "requests that ended, by reason",
                              ["finished_reason"], registry=self.registry)
+        self.refused = Counter("requests_refused", "requests refused, by status", ["status"],
+                               registry=self.registry)
         self.queue, self.first, self.gap, self.whole = (
             Histogram(f"{name}_seconds", name, buckets=SECONDS, registry=self.registry)
             for name in LATENCIES)
@@ -517,6 +543,7 @@ async def refused(request, error):
         error = APIError(500, "internal error; see the server's log")
     elif not isinstance(error, APIError):  # FastAPI's own: no such path, or no such method
         error = APIError(error.status_code, str(error.detail), headers=error.headers)
+    request.app.state.metrics.refused.labels(error.status_code).inc()
     return JSONResponse(error.detail, error.status_code, error.headers)
 
 
@@ -624,9 +651,13 @@ class Server(uvicorn.Server):
         self.engine.close(None)
 
     async def on_tick(self, counter):
-        if late := time.monotonic() > self.deadline:
+        late, ended = time.monotonic() > self.deadline, not self.engine.thread.is_alive()
+        if late:
             self.engine.close("abort")
-        return await super().on_tick(counter) or late or not self.engine.thread.is_alive()
+            faulthandler.dump_traceback_later(15, exit=True)  # for a step that never returns
+        elif ended and self.deadline < math.inf:  # slow readers have what is left of the time
+            self.config.timeout_graceful_shutdown = max(5, self.deadline - time.monotonic())
+        return await super().on_tick(counter) or late or ended
 
 
 def explain(failure):
@@ -639,13 +670,14 @@ def explain(failure):
 def check_port(host, port):
     "Say so before the model is loaded, not after."
     import socket
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            sys.exit(f"Cannot listen on {host}:{port} ({error.strerror}); "
-                     "choose another port with --port.")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        sys.exit(f"Cannot listen on {host}:{port} ({error.strerror}); "
+                 "choose another port with --port.")
 
 
 def main(argv=None):
@@ -668,10 +700,11 @@ def main(argv=None):
     name = args.model or "cbserver"
     print(f"Serving {name} with the {args.engine} engine ({engine.max_batch} at once) on "
           f"{url or f'http://{args.host}:{args.port}'}; the API is documented at /docs", flush=True)
-    threading.excepthook = explain
+    failures = []
+    threading.excepthook = lambda failure: failures.append(explain(failure))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     server = Server(create_app(engine, name, api_key, args.request_timeout, args.max_body,
                                args.cors), args.host, args.port, args.drain_timeout)
     server.run()
-    if server.deadline == math.inf:  # nobody asked it to end
+    if failures:
         sys.exit("The engine failed; see above. The server has ended.")

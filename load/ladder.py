@@ -7,14 +7,15 @@ from load.report import STYLE
 # A hue for each way to run a step; `continuous` keeps the colour it has in every figure.
 LADDER = {"generate": "#E69F00", "one-slot": "#CC79A7", "transformers-cb": "#999999",
           "static": "#56B4E9", "continuous": "#0072B2", "continuous+graphs": "#009E73",
-          "continuous+joined": "#D55E00", "continuous+graphs+compile": "#D55E00",
-          "http": "#999933", "vllm": "#000000"}
+          "continuous+joined": "#D55E00", "continuous+graphs+fused": "#882255",
+          "continuous+graphs+compile": "#D55E00", "http": "#999933", "vllm": "#000000"}
 NAMES = {"generate": "generate(), one at a time", "one-slot": "our engine, one slot",
          "transformers-cb": "transformers' continuous batching", "static": "static batching",
          "continuous": "continuous batching", "continuous+graphs": "… + CUDA graphs",
+         "continuous+graphs+fused": "… + joined weights, compiled functions",
          "continuous+joined": "… + joined weights, own forward pass",
          "continuous+graphs+compile": "… + compiled functions, kernel",
-         "http": "… behind the HTTP server, 50 users", "vllm": "vLLM"}
+         "http": "… behind the HTTP server", "vllm": "vLLM"}
 # Data sheet; a copy reaches 87 % of it on an H100, prompts are taken to run at 40 % of the peak.
 T4 = {"gb_s": 320 * 0.87, "tflops": 65 * 0.4}
 COMMAND = ("python -m load.offline --model random:llama-3.2-1b --dtype float16 --slots 16 "

@@ -1,6 +1,6 @@
 """Measure engines without HTTP: every arm in a fresh process, through `submit()` and `stream()`.
 
-One more arm, `http`, is the best of them behind the server, with 50 users: what HTTP costs.
+One more arm, `http`, is the best of them behind the server, with 50 users or more: what HTTP costs.
 
     python -m load.offline --slots 16,64 --repeats 3 --out figures/data/offline-h100.json
 """
@@ -30,8 +30,8 @@ from load.workload import token_workload
 
 # The ladder, a rung a row. An arm runs the first `requests` of the list: the slow ones fewer.
 GPU_ARMS = {"generate": 16, "static": 64, "continuous": 64, "continuous+graphs": 256,
-            "continuous+graphs+compile": 256, "http": 256, "one-slot": 32,
-            "transformers-cb": 128, "vllm": 256}
+            "continuous+graphs+fused": 256, "continuous+graphs+compile": 256, "http": 256,
+            "one-slot": 32, "transformers-cb": 128, "vllm": 256}
 CPU_ARMS = {"generate": 16, "static": 64, "continuous": 160, "continuous+joined": 160,
             "http": 160, "one-slot": 16, "transformers-cb": 160}
 SINGLE = ("generate", "one-slot")  # one request at a time, whatever --slots says
@@ -89,7 +89,9 @@ def build(case, model, tokenizer):
     fast = FastStep if model.device.type == "cuda" else BatchRunner
     runner = {"static": BatchRunner, "continuous": BatchRunner, "one-slot": fast,
               "continuous+graphs": functools.partial(FastStep, compiled=False),
-              "continuous+graphs+compile": FastStep, "continuous+joined": FastStep}[arm]
+              "continuous+graphs+fused": functools.partial(FastStep, kernel=False),
+              "continuous+graphs+compile": FastStep,
+              "continuous+joined": FastStep}[arm]
     kind = StaticEngine if arm == "static" else ContinuousEngine
     return kind(model, tokenizer, case["slots"], case["max_len"], waiting,
                 prefill_budget=case["prefill_budget"], runner=runner)
@@ -261,9 +263,10 @@ def run_vllm(case, requests):
 
 
 def run_http(case, requests):
-    """The server as `python -m cbserver` starts it, 50 users each sending its next request."""
+    """The server as `python -m cbserver` starts it; users who each send their next request."""
     from load import users
 
+    count = max(50, 2 * case["slots"])  # so that no slot waits for one
     if case["dtype"]:
         raise LoadFailed("the server takes the device's own dtype; leave --dtype out")
     began, me = time.perf_counter(), psutil.Process()
@@ -276,14 +279,14 @@ def run_http(case, requests):
         users.run(server.url, few)
         process = psutil.Process(server.process.pid)
         before, warmup = cpu_seconds(me, process), time.perf_counter() - began
-        outcomes, seconds = users.run(server.url, requests)
+        outcomes, seconds = users.run(server.url, requests, count)
         mine, servers = (b - a for a, b in zip(before, cpu_seconds(me, process)))
         memory = round(process.memory_info().rss / 1e9, 2)
     if failed := [o.error for o in outcomes if o.error]:
         raise LoadFailed(f"{len(failed)} of {len(requests)} requests failed: {failed[0]}")
     events = sum(len(o.event_times) for o in outcomes)
     return [[None] * o.tokens for o in outcomes], {
-        "seconds": round(seconds, 3), "warmup_s": round(warmup, 2), "users": 50,
+        "seconds": round(seconds, 3), "warmup_s": round(warmup, 2), "users": count,
         "tokens_per_event": round(sum(o.tokens for o in outcomes) / events, 3),
         "client_cpu_percent": round(100 * mine / seconds, 1),  # of one core
         "server_cpu_percent": round(100 * servers / seconds, 1), "server_rss_gb": memory}

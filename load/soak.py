@@ -21,6 +21,7 @@ from load.server import LoadFailed, ServerProcess, http, python_module
 from load.users import Outcome, connect
 from load.workload import token_workload
 
+PATIENCE = 300  # seconds for a request
 LEAVES = 5  # every fifth user's request is cut off by the client after a few tokens
 VOCABULARY = {"random:tiny": 511, "smollm2": 49_000}
 
@@ -36,7 +37,11 @@ async def soak(url, options, watch):
         while time.monotonic() < end:
             connection = connection or await connect(url)
             leaves = 3 if next(counter) % LEAVES == 0 else None
-            outcome = await connection.ask(next(requests), leave_after=leaves)
+            asked = connection.ask(next(requests), leave_after=leaves)
+            try:
+                outcome = await asyncio.wait_for(asked, PATIENCE)
+            except asyncio.TimeoutError:
+                outcome = Outcome(error=f"no answer within {PATIENCE} s")
             done.append(outcome)
             if outcome.error:
                 connection.close()
@@ -103,8 +108,8 @@ def run(options):
 
 
 def verdict(rows):
-    """First against last third, the first interval left out: it warms up."""
-    rows = rows[1:-1] or rows
+    """First against last third, without the intervals in which it warms up and runs out."""
+    failures, rows = sum(row["failures"] for row in rows), rows[1:-1] or rows
     third = max(1, len(rows) // 3)
     first, last = rows[:third], rows[-third:]
 
@@ -114,7 +119,7 @@ def verdict(rows):
 
     return {"verdict": {
         "requests": sum(row["requests"] for row in rows),
-        "failures": sum(row["failures"] for row in rows),
+        "failures": failures,
         "rss_mb": [mean(first, lambda r: r["rss_mb"]), mean(last, lambda r: r["rss_mb"])],
         "itl_p50_ms": [mean(first, lambda r: r["itl_ms"].get("p50", 0)),
                        mean(last, lambda r: r["itl_ms"].get("p50", 0))],
@@ -179,11 +184,12 @@ def parse(arguments=None):
 def main(arguments=None):
     try:
         result = run(parse(arguments))
-    except LoadFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (LoadFailed, OSError) as error:
+        print(f"error: {error}; what was measured before it is in the file", file=sys.stderr)
         return 1
     print(json.dumps(result["verdict"]))
-    return 0
+    at_rest = all(line.endswith(" 0.0") for line in result["at_rest"])
+    return int(not at_rest or result["verdict"]["failures"] > 0)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,9 @@ def test_the_async_client_streams_many_at_once(url, reference, tiny):
                 return "".join([c.choices[0].text async for c in stream])
 
             assert [m.id async for m in await client.models.list()] == ["tiny"]
+            assert (await client.models.retrieve("tiny")).id == "tiny"
+            with pytest.raises(openai.NotFoundError, match="no model"):
+                await client.models.retrieve("org/other")
             return await asyncio.gather(*map(one, range(20)))
 
     texts = asyncio.run(main())
@@ -115,7 +118,7 @@ def test_overload_is_a_rate_limit_error_and_a_fault_an_internal_one(tiny, monkey
             async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-",
                                           max_retries=0) as client:
                 first = asyncio.create_task(client.completions.create(**TEXT))
-                while engine.stats().waiting < 1:
+                while engine.stats().waiting < 1 and not first.done():
                     await asyncio.sleep(0.01)
                 with pytest.raises(openai.RateLimitError, match="waiting"):
                     await client.completions.create(**TEXT)
@@ -142,6 +145,17 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.parametrize("entry", ["{}", '["a"]', "[1.5]", "1.5"])
+@pytest.mark.parametrize("path, field", [("completions", "prompt"),
+                                         ("chat/completions", "messages")])
+def test_a_million_wrong_entries_cost_no_more_than_one(url, path, field, entry):
+    many = ",".join([entry] * (1_000_000 // (len(entry) + 1)))
+    response = httpx.post(f"{url}/v1/{path}", content=f'{{"{field}": [{many}]}}', timeout=30,
+                          headers={"Authorization": "Bearer sesame",
+                                   "Content-Type": "application/json"})
+    assert response.status_code == 400 and len(response.content) < 1000
+
+
 @pytest.mark.parametrize("change", HOSTILE, ids=lambda change: repr(change)[:40])
 def test_hostile_fields_are_served_or_refused_and_harm_nobody(url, change):
     body = json.dumps({"prompt": "hello", "max_tokens": 2, **change})
@@ -156,7 +170,8 @@ OTHER = {"n": 2, "logit_bias": {"1": 2}, "stop_token_ids": [3], "best_of": 2, "e
          "logprobs": 1, "suffix": "end", "top_logprobs": 2, "tools": [{}], "functions": [{}],
          "tool_choice": "required", "modalities": ["audio"], "response_format": {"type": "json"},
          "presence_penalty": 0.1, "frequency_penalty": -0.1, "repetition_penalty": 1.2,
-         "min_p": 0.1, "min_tokens": 1}
+         "min_p": 0.1, "min_tokens": 1, "function_call": {"name": "f"}, "audio": {"voice": "x"},
+         "prediction": {"type": "content"}, "reasoning_effort": "low", "web_search_options": {}}
 
 
 @pytest.mark.parametrize("path, chat", [("/v1/completions", False), ("/v1/chat/completions", True)])
@@ -180,7 +195,7 @@ def test_the_table_in_api_md_is_up_to_date_and_true(url, path, chat):
 def test_nothing_that_the_schema_allows_or_forbids_is_a_server_error(url, mode):
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 6
+    assert len(operations) == 7
     for operation in operations:
         @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck),
                   database=None)
@@ -270,18 +285,20 @@ def test_a_drain_is_bounded_and_a_second_signal_ends_at_once():
         assert server.process.wait(10) == 1
 
 
-@pytest.mark.parametrize("error, words", [
-    ("torch.OutOfMemoryError('CUDA out of memory')", "lower --max-batch or --max-len"),
-    ("RuntimeError('planted')", "planted")])
-def test_after_a_fault_the_process_ends_with_an_error_code(error, words):
+@pytest.mark.parametrize("error, words, draining", [
+    ("torch.OutOfMemoryError('CUDA out of memory')", "lower --max-batch or --max-len", False),
+    ("RuntimeError('planted')", "planted", True)])
+def test_after_a_fault_the_process_ends_with_an_error_code(error, words, draining):
     fault = ("import torch, cbserver.server as s; from cbserver.batch import StaticEngine as E\n"
              "step = E.step\n"
              "def fail(self):\n"
-             f"    if self.generated_tokens > 5: raise {error}\n"
+             f"    if self.generated_tokens > 5 and self.stopping >= {draining}: raise {error}\n"
              "    step(self)\n"
              "E.step = fail; s.main()")
     with Process(script=fault) as server:
         with server.stream() as response:
+            if draining:
+                server.process.send_signal(signal.SIGTERM)
             lines = [line for line in response.iter_lines() if line]
         assert '"engine_failed"' in lines[-2] and lines[-1] == "data: [DONE]"
         assert server.process.wait(30) == 1

@@ -63,7 +63,7 @@ import cbserver.fast as fast
 from cbserver.baseline import SamplingParams, generate_tokens, load_model
 
 class Interpreted(FastStep):
-    def fuse(self, gpu):
+    def fuse(self, gpu, kernel):
         super().fuse(gpu)
         self.kernel = fast.jit(fast.attend_kernel)
 

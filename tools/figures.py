@@ -56,8 +56,8 @@ def http_text():
             if arm == "http" and row["repeats"]:
                 alone, run = rows[engine, slots]["tokens_per_s"], row["repeats"][0]
                 parts.append(
-                    f"{row['tokens_per_s']:,.0f} tokens/s over HTTP with 50 users against "
-                    f"{alone:,.0f} without on {device.upper()} at {slots} slots: "
+                    f"{row['tokens_per_s']:,.0f} tokens/s over HTTP with {run['users']} users "
+                    f"against {alone:,.0f} without on {device.upper()} at {slots} slots: "
                     f"{row['tokens_per_s'] / alone:.0%} ({len(row['repeats'])} repeats, "
                     f"{run['tokens_per_event']:.2f} tokens an event, client at "
                     f"{run['client_cpu_percent']:.0f} % of a core)")
