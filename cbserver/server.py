@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'REFUSALS', 'router', 'protected', 'SECONDS', 'LATENCIES', 'ENGINES', 'completions', 'chat_completions',
-           'models', 'model', 'health', 'ready', 'metrics', 'Metrics', 'create_app', 'refused', 'invalid',
+           'models', 'model_card', 'health', 'ready', 'metrics', 'Metrics', 'create_app', 'refused', 'invalid',
            'ngrok_token', 'open_tunnel', 'parse', 'build_engine', 'Server', 'explain', 'check_port', 'main']
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c03
@@ -430,11 +430,11 @@ async def chat_completions(request: Request, body: ChatRequest):
 @protected.get("/v1/models")
 async def models(request: Request):
     "The one model that is served."
-    return {"object": "list", "data": [await model(request, request.app.state.model_name)]}
+    return {"object": "list", "data": [await model_card(request, request.app.state.model_name)]}
 
 
 @protected.get("/v1/models/{name:path}")
-async def model(request: Request, name: str):
+async def model_card(request: Request, name: str):
     "The model of this name, if it is the one."
     check_model(request, name)
     return {"id": name, "object": "model", "created": request.app.state.created, "root": name,

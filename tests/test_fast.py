@@ -64,7 +64,7 @@ from cbserver.baseline import SamplingParams, generate_tokens, load_model
 
 class Interpreted(FastStep):
     def fuse(self, gpu, kernel):
-        super().fuse(gpu)
+        super().fuse(gpu, kernel)
         self.kernel = fast.jit(fast.attend_kernel)
 
 import test_fast
