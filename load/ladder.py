@@ -15,7 +15,7 @@ NAMES = {"generate": "generate(), one at a time", "one-slot": "our engine, one s
          "continuous+graphs+fused": "… + joined weights, compiled functions",
          "continuous+joined": "… + joined weights, own forward pass",
          "continuous+graphs+compile": "… + compiled functions, kernel",
-         "http": "… behind the HTTP server", "vllm": "vLLM"}
+         "http": "the server over HTTP, as shipped", "vllm": "vLLM"}
 # Data sheet; a copy reaches 87 % of it on an H100, prompts are taken to run at 40 % of the peak.
 T4 = {"gb_s": 320 * 0.87, "tflops": 65 * 0.4}
 COMMAND = ("python -m load.offline --model random:llama-3.2-1b --dtype float16 --slots 16 "
