@@ -15,11 +15,11 @@ help:  ## this list
 demo: $(VENV)/.course  ## three engines, 50 users, one table (about 10 minutes on 2 cores)
 	$(PY) -m load.compare --out figures/latest $(if $(MODEL),--model $(MODEL))
 
-compare: $(VENV)/.course  ## the full comparison: four arms, three repeats
+compare: $(VENV)/.course  ## the full comparison: four arms, three repeats, a sweep over users
 	$(PY) -m load.compare --arms sequential,static,one-slot,continuous --repeats 3 \
-		--out figures/latest $(if $(MODEL),--model $(MODEL))
+		--sweep 1,2,4,8,16,32,50 --out figures/latest $(if $(MODEL),--model $(MODEL))
 
-bench: $(VENV)/.course  ## the engines without HTTP: an ablation ladder (10 minutes on 2 cores)
+bench: $(VENV)/.course  ## the engines without HTTP: an ablation ladder (half an hour on 2 cores)
 	$(PY) -m load.offline --with-vllm --stall --out figures/latest/offline.json \
 		$(if $(MODEL),--model $(MODEL))
 

@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -18,9 +19,10 @@ from pathlib import Path
 import psutil
 
 from load import report
+from load.offline import run_child
 from load.results import first_gpu, hardware, order, versions, write_json
-from load.run import add_load_options, busy_span, exit_with, run_load
-from load.server import LoadFailed, ServerProcess, first_model, python_module, warm_up
+from load.run import add_load_options, busy_span, exit_with, read_records, run_load
+from load.server import LoadFailed, ServerProcess, first_model, http, python_module, warm_up
 
 ARMS = {
     "sequential": ["--engine", "sequential"],
@@ -36,7 +38,7 @@ def compare(options):
     """Run every arm `options.repeats` times; the result as a dict, on disk after each run."""
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "compare.json"
-    result = describe(options) | {"arms": {}}
+    result = describe(options) | {"arms": {}, "roofline": roofline(options)}
     runs, texts = {arm: [] for arm in options.arms}, {}
     plan = order(options.arms, options.repeats)
     begin = time.monotonic()
@@ -44,14 +46,60 @@ def compare(options):
         def say(line, label=f"[{number}/{len(plan)}] {arm}"):
             print(f"{label}: {line} ({time.monotonic() - begin:.0f} s in all)", flush=True)
 
-        run, records = run_arm(arm, repeat, options, say)
+        run, records = run_or_resume(arm, repeat, options, say)
         say(f"{run['tokens_per_s']} tokens/s, {run['failures']} failures")
         runs[arm].append(run)
         texts.setdefault(arm, {r.index: r.text for r in records if not r.error})
         result["arms"] = {name: arm_result(runs[name]) for name in options.arms if runs[name]}
         result["same_text"] = same_text({name: texts[name] for name in result["arms"]})
         write_json(result, path)
+    if options.sweep:
+        result["sweep"] = sweep(options)
+        write_json(result, path)
     return json.loads(path.read_text())
+
+
+def roofline(options):
+    """What bounds our servers' steps on this device; None for a server of another kind."""
+    if options.server != python_module("cbserver"):
+        return None
+    return run_child({"arm": "roofline", "model": options.model, "dtype": None}) | {"slots": 16}
+
+
+def sweep(options):
+    """Throughput and latency of the continuous arm at each number of users: list[dict]."""
+    levels = []
+    command = [*options.server, *server_arguments("continuous", options)]
+    with ServerProcess(command, options.out / "sweep-server.log", options.start_timeout) as server:
+        model = first_model(server.url, options.api_key)
+        warm_up(server.url, model, options.api_key)
+        for users in options.sweep:
+            numbers = run_load(
+                server.url, options.out, users, max(users, 5), options.workload, 0, options.seed,
+                model, options.api_key, options.sweep_seconds, users, options.timeout,
+                f"sweep-{users}")["summary"]
+            levels.append({"users": users} | {key: numbers[key] for key in (
+                "requests", "failures", "tokens_per_s", "ttft_ms", "itl_ms", "e2e_ms")})
+            print(f"{users} users: {numbers['tokens_per_s']} tokens/s, TTFT p50 "
+                  f"{numbers['ttft_ms']['p50']} ms", flush=True)
+    return levels
+
+
+def run_or_resume(arm, repeat, options, say):
+    """One run, kept on disk; with --resume the one that lies there, if its setting is the same."""
+    name = f"{arm}-{repeat + 1}"
+    kept, setting = options.out / f"{name}.json", describe(options)
+    setting["workload"].pop("repeats")
+    setting = {key: setting[key] for key in setting if key not in ("command", "date")}
+    if options.resume and kept.exists():
+        before = json.loads(kept.read_text())
+        if before["setting"] == setting:
+            say("kept from an earlier run")
+            return before["run"], read_records(options.out / f"{name}.jsonl")
+    kept.unlink(missing_ok=True)
+    run, records = run_arm(arm, repeat, options, say)
+    write_json({"setting": setting, "run": run}, kept)
+    return run, records
 
 
 def run_arm(arm, repeat, options, say):
@@ -64,13 +112,16 @@ def run_arm(arm, repeat, options, say):
         model = first_model(server.url, options.api_key)
         warm_up(server.url, model, options.api_key)
         say("ready; the load begins")
-        with Utilization(server.process.pid) as watch:
+        with Utilization(server.process.pid, server.url, options.api_key) as watch:
             loaded = run_load(
                 server.url, options.out, options.users, options.spawn_rate, options.workload,
                 options.requests, options.seed, model, options.api_key, options.steady_seconds,
-                options.min_requests, options.timeout, name)
+                options.min_requests, options.timeout, name, options.rate,
+                options.goodput_targets)
     records = loaded["records"]
-    return loaded["summary"] | {"utilization": watch.between(*busy_span(records))}, records
+    span = busy_span(records)
+    return loaded["summary"] | {"utilization": watch.between(*span),
+                                "in_flight": watch.mean_in_flight(*span)}, records
 
 
 def server_arguments(arm, options):
@@ -84,10 +135,12 @@ class Utilization:
     """Samples how busy the device is, every half second, for the length of a `with`.
 
     On a GPU: % of the time that any kernel ran. On a CPU: % of all cores used by process `pid`.
+    Also how many requests the server has, waiting or running, if it tells at `url`/metrics.
     """
 
-    def __init__(self, pid, interval=0.5):
+    def __init__(self, pid, url, api_key=None, interval=0.5):
         self.interval, self.samples, self.over = interval, [], threading.Event()
+        self.url, self.api_key, self.in_flight = url, api_key, []
         self.gpu = first_gpu()
         self.process = psutil.Process(pid)
         self.thread = threading.Thread(target=self.sample, daemon=True)
@@ -105,6 +158,8 @@ class Utilization:
         with contextlib.suppress(psutil.Error):  # the server is gone: so is the reason to sample
             while not self.over.wait(self.interval):
                 self.samples.append((time.perf_counter(), self.read()))
+                if (requests := gauge(self.url, self.api_key)) is not None:
+                    self.in_flight.append((time.perf_counter(), requests))
 
     def read(self):
         if self.gpu is None:
@@ -119,6 +174,20 @@ class Utilization:
         mean = round(statistics.fmean(v for _, v in inside), 1) if inside else None
         kind = "cpu" if self.gpu is None else "gpu"
         return {"kind": kind, "mean": mean, "series": thin(inside)}
+
+    def mean_in_flight(self, first, last):
+        """Requests that the server had, on average between two times; None if it did not tell."""
+        inside = [requests for t, requests in self.in_flight if first <= t <= last]
+        return round(statistics.fmean(inside), 2) if inside else None
+
+
+def gauge(url, api_key):
+    """Requests waiting and running at this moment, by the server's own count; None: no count."""
+    with contextlib.suppress(OSError, ValueError):
+        status, text = http(f"{url}/metrics", api_key=api_key)
+        values = [float(line.split()[-1]) for line in text.splitlines()
+                  if re.match(r"(vllm:)?num_requests_(running|waiting)[ {]", line)]
+        return sum(values) if status == 200 and values else None
 
 
 def thin(samples):
@@ -137,6 +206,9 @@ def arm_result(runs):
     # One curve is enough for the picture: the repeats keep their means.
     repeats = [run | {"utilization": {k: v for k, v in run["utilization"].items() if k != "series"}}
                for run in runs]
+    for run in repeats:
+        del run["itl_histogram"]
+    whole["itl_histogram"] = [sum(bins) for bins in zip(*[run["itl_histogram"] for run in runs])]
     return whole | {"requests": min(run["requests"] for run in runs),
                     "failures": sum(run["failures"] for run in runs),
                     "utilization": usage, "repeats": repeats}
@@ -168,8 +240,8 @@ def describe(options):
     protocol = (f"seeded stream, at least {options.min_requests} requests and {steady:g} s with "
                 "all users in flight" if steady else f"one list of {options.requests} requests")
     load = {"name": options.workload, "seed": options.seed, "users": options.users,
-            "spawn_rate": options.spawn_rate, "requests": None if steady else options.requests,
-            "protocol": protocol, "repeats": options.repeats}
+            "spawn_rate": options.spawn_rate, "rate": options.rate, "protocol": protocol,
+            "requests": None if steady else options.requests, "repeats": options.repeats}
     return {"hardware": hardware(), "model": options.model, "versions": packages,
             "command": shlex.join(["python", "-m", "load.compare", *options.arguments]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -191,12 +263,16 @@ def parse(arguments=None):
         help="count a steady time instead of a fixed list; default: on a GPU")
     add("--steady-seconds", type=float, default=60, help="how long, on a fast device (60)")
     add("--start-timeout", type=float, default=900, help="seconds a server may take to start (900)")
+    add("--sweep", help="then the continuous arm at so many users each: 1,2,4,8,16,32,50")
+    add("--sweep-seconds", type=float, default=15, help="for each of these (15)")
+    add("--resume", action="store_true", help="keep the runs that --out holds, make the others")
     add_load_options(parser)
     options = parser.parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     options.arms = options.arms.split(",")
     if unknown := [arm for arm in options.arms if arm not in ARMS]:
         parser.error(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    options.sweep = [int(users) for users in options.sweep.split(",")] if options.sweep else []
     fill_in(options)
     return options
 
@@ -221,10 +297,12 @@ def show(result, options):
     print(report.ratios(result))
     print(report.notes(result))
     figures = report.save_figures(result, options.out, "compare")
+    (options.out / "report.html").write_text(report.page(result, options.out))
     pages = [options.out / f"{arm}-{i + 1}.html" for arm in options.arms
              for i in range(options.repeats)]
     for title, paths in (("plots", figures), ("Locust's reports", pages),
-                         ("numbers", [options.out / "compare.json"])):
+                         ("numbers", [options.out / "compare.json"]),
+                         ("the report", [options.out / "report.html"])):
         print(f"{title}:\n" + "\n".join(f"  {path}" for path in paths))
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the `locust` 
 
 from cbserver.metrics import RequestRecord  # noqa: E402
 from load.server import first_model  # noqa: E402
-from load.workload import LENGTHS, stream  # noqa: E402
+from load.workload import NAMES, arrivals, stream  # noqa: E402
 
 PATH = "/v1/completions"
 # Locust rounds to two digits to keep its histogram small; whole milliseconds are small enough here.
@@ -27,10 +27,12 @@ locust.stats.PERCENTILES_TO_CHART = [0.5, 0.99]
 @events.init_command_line_parser.add_listener
 def add_options(parser):
     add = parser.add_argument
-    add("--workload", default="mixed", choices=list(LENGTHS), help="which requests to send")
+    add("--workload", default="mixed", help=f"which requests to send: {', '.join(NAMES)}")
     add("--requests", type=int, default=0,
         help="send this many and quit; 0: go on until Locust is stopped")
     add("--seed", type=int, default=0, help="of the workload")
+    add("--rate", type=float, default=0,
+        help="open loop: so many requests a second, whatever is in flight (Poisson arrivals)")
     add("--steady-seconds", type=float, default=0,
         help="for fast devices: go on this long after the last user was spawned, then quit")
     add("--min-requests", type=int, default=100, help="with --steady-seconds: at least so many")
@@ -78,18 +80,28 @@ class Load:
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.file = open(self.options.out, "w") if self.options.out else None
+        self.arrivals, self.began = arrivals(self.options.rate or 1, self.options.seed), None
         self.in_flight, self.finished = 0, 0
         self.all_spawned, self.closed, self.ended = None, None, False
 
     def take(self):
-        """The next request of the one stream; the user that finds none left ends."""
+        """(request, its start) of the one stream; the user that finds none left ends.
+
+        In an open loop the start is when the request was due, also if no user was free then: who
+        counts from the sending hides the queue that a slow server makes.
+        """
         request = None if self.closed else next(self.requests, None)
         if request is None:
             if self.in_flight == 0:
                 self.end_test()
             raise StopUser
         self.in_flight += 1
-        return request
+        if not self.options.rate:
+            return request, time.perf_counter()
+        self.began = self.began or time.perf_counter()
+        due = self.began + next(self.arrivals)
+        gevent.sleep(max(0, due - time.perf_counter()))
+        return request, due
 
     def save(self, record):
         """Write a record at once, so that an onlooker can count and a crash loses nothing."""
@@ -144,8 +156,8 @@ class CompletionUser(FastHttpUser):
 
     @task
     def completion(self):
-        request = self.load.take()
-        record = RequestRecord(start=time.perf_counter(), index=request.index)
+        request, start = self.load.take()
+        record = RequestRecord(start=start, index=request.index)
         try:
             self.send(request, record)
             self.load.save(record)

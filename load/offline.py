@@ -146,9 +146,7 @@ def time_step(runner, model, rows, span, bandwidth):
     from cbserver.baseline import kv_shape
 
     layers, kv_heads, head_dim = kv_shape(model)
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    weights = sum(p.nbytes for p in model.parameters())
-    weights -= 0 if tied else model.get_input_embeddings().weight.nbytes
+    weights = weight_bytes(model)
     cached = rows * span * 2 * layers * kv_heads * head_dim * model.dtype.itemsize
     times, in_a_row = [], 1 if model.device.type == "cpu" else 20
     with torch.inference_mode():
@@ -164,6 +162,20 @@ def time_step(runner, model, rows, span, bandwidth):
     return {"step_ms": round(step, 3), "step_floor_ms": round(floor, 3), "step_span": span,
             "step_gb_s": round((weights + cached) / step / 1e6, 1),
             "step_bandwidth_percent": round(100 * floor / step, 1)}
+
+
+def weight_bytes(model):
+    """Bytes of the weights that every step reads: all but an embedding that is only looked up."""
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    whole = sum(p.nbytes for p in model.parameters())
+    return whole if tied else whole - model.get_input_embeddings().weight.nbytes
+
+
+def run_roofline(case):
+    """What bounds a step on this device: its weights in GB, and the bandwidth of a copy in GB/s."""
+    model, _ = load(case)
+    return {"weights_gb": round(weight_bytes(model) / 1e9, 4),
+            "bandwidth_gb_s": copy_bandwidth(model.device)}
 
 
 def copy_bandwidth(device):
@@ -547,7 +559,8 @@ def fill_in(options, parser):
 def main(arguments=None):
     options = parse(arguments)
     if options.case:
-        run = run_stall if options.case["arm"].startswith("stall") else run_arm
+        run = {"stall": run_stall, "roofline": run_roofline}.get(
+            options.case["arm"].split(":")[0], run_arm)
         print(json.dumps(run(options.case)), flush=True)
         return 0
     try:

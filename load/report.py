@@ -3,12 +3,17 @@
     python -m load.report figures/data/compare-cpu.json --out figures
 """
 import argparse
+import base64
+import html
+import io
 import json
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from load.run import EDGES
 
 # Okabe and Ito's colours: told apart with any kind of colour vision.
 COLORS = {"sequential": "#E69F00", "one-slot": "#CC79A7", "static": "#56B4E9",
@@ -77,6 +82,63 @@ def utilization_figure(result):
             draw_utilization(axes, name, numbers["utilization"])
         rows[-1, 0].set_xlabel("seconds since the first request")
         return titled(figure, f"{device(result)} utilisation over time", result)
+
+
+def concurrency_figure(result):
+    """Throughput and TTFT against users, with the knee; without a sweep: how to get one."""
+    levels = result.get("sweep") or []
+    with plt.rc_context(STYLE):
+        figure, pair = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        users = [level["users"] for level in levels]
+        for axes, label, values in (
+                (pair[0], "tokens/s", [level["tokens_per_s"] for level in levels]),
+                (pair[1], "TTFT p50, seconds", [(level["ttft_ms"]["p50"] or 0) / 1e3
+                                                for level in levels])):
+            axes.plot(users, values, "o-", color=COLORS["continuous"])
+            axes.set(xlabel="users at once", ylabel=label, xlim=(0, None), ylim=(0, None))
+            if levels:
+                axes.axvline(knee(levels), color="#555555", ls="--", lw=1)
+        if levels:
+            pair[0].annotate(f" the knee: {knee(levels)} users", (knee(levels), 0), (4, 6),
+                             textcoords="offset points", fontsize=9, color="#555555")
+        else:
+            missing(pair, "--sweep 1,2,4,8,16,32,50")
+        return titled(figure, "More users: more tokens, until the slots are full", result)
+
+
+def knee(levels):
+    """The fewest users that reach 90 % of the best throughput: more of them only wait longer."""
+    best = max(level["tokens_per_s"] for level in levels)
+    return min(level["users"] for level in levels if level["tokens_per_s"] >= 0.9 * best)
+
+
+def missing(panels, option):
+    """A panel without data names what makes it."""
+    for axes in panels:
+        axes.text(0.5, 0.5, f"no data yet:\npython -m load.compare {option}", fontsize=9,
+                  ha="center", va="center", transform=axes.transAxes, color="#555555")
+
+
+def itl_figure(result):
+    """How the gaps between tokens are distributed, a line for each arm."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+        drawn = [(name, numbers["itl_histogram"]) for name, numbers in arms_of(result)
+                 if sum(numbers.get("itl_histogram", []))]
+        for name, counts in drawn:
+            share = [100 * count / sum(counts) for count in counts]
+            axes.stairs(share, EDGES, color=COLORS[name], lw=1.8, label=name)
+        axes.set(xscale="log", xlabel="ms between two tokens of a stream",
+                 ylabel="% of all gaps, in bins 25 % wide")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if drawn:
+            seen = [i for _, counts in drawn for i, count in enumerate(counts) if count]
+            axes.set_xlim(EDGES[min(seen)] / 1.2, EDGES[max(seen) + 1] * 1.2)
+            axes.legend()
+        else:
+            missing([axes], f"--arms {','.join(result['arms'])}")
+        return titled(figure, "Gaps between tokens", result)
 
 
 def overview_figure(result):
@@ -229,8 +291,103 @@ def notes(result):
     return "\n".join(lines)
 
 
+def checks(result):
+    """Cross-checks of each arm: [(sentence, whether it holds)].
+
+    Little's law: requests in flight, as the server counted them, are the rate of arrivals times the
+    mean latency, as the client did. The roofline: no step is faster than its weights can be read.
+    """
+    found = []
+    for name, numbers in arms_of(result):
+        runs = [run for run in numbers["repeats"] if run.get("in_flight")]
+        if runs:
+            run = runs[0]
+            law = run["requests"] / run["wall_s"] * run["e2e_ms"]["mean"] / 1e3
+            found.append((f"{name}: {run['in_flight']:.1f} requests in flight by the server's "
+                          f"count; arrival rate × mean latency = {law:.1f}",
+                          abs(law - run["in_flight"]) <= 0.15 * law + 0.5))
+        if roof := result.get("roofline"):
+            rows = 1 if name in ("sequential", "one-slot") else roof["slots"]
+            limit = rows * roof["bandwidth_gb_s"] / roof["weights_gb"]
+            speed = max(run["tokens_per_s"] for run in numbers["repeats"])
+            found.append((f"{name}: {speed:,.1f} tokens/s of at most {limit:,.0f} ({rows} rows × "
+                          f"{roof['bandwidth_gb_s']:.0f} GB/s ÷ {roof['weights_gb']:.2f} GB of "
+                          "weights)", speed <= limit))
+    return found
+
+
+FORMULAS = [
+    ("tokens/s", "completion tokens of all requests, as the server reports them ÷ seconds from the "
+                 "first request sent to the last token (with a steady window: inside it)"),
+    ("TTFT", "request sent (open loop: due) → first token"),
+    ("E2E", "request sent → last token"), ("ITL", "each gap between two tokens, all pooled"),
+    ("TPOT", "(E2E − TTFT) ÷ (tokens − 1) of a request"),
+    ("p50, p90, p99", "nearest rank; under 100 requests the last is called slowest"),
+    ("goodput", "requests ÷ second that met every target"),
+    ("spread", "slowest and fastest repeat; the number itself is the median"),
+    ("use", "GPU: % of time that any kernel ran. CPU: % of all cores, of the server's process")]
+
+
+def page(result, folder):
+    """The report as one self-contained HTML page; Locust's own reports are linked from it."""
+    def picture(draw):
+        data = io.BytesIO()
+        draw(result).savefig(data, format="png", dpi=110)
+        return (f'<img alt="{draw.__doc__.splitlines()[0]}" src="data:image/png;base64,'
+                f'{base64.b64encode(data.getvalue()).decode()}">')
+
+    def grid(lines):
+        cells = [[html.escape(cell) for cell in line] for line in lines]
+        head, *body = ["".join(f"<{tag}>{cell}</{tag}>" for cell in line) for line, tag in
+                       zip(cells, ["th"] + ["td"] * len(cells))]
+        return f"<table><tr>{'</tr><tr>'.join([head, *body])}</tr></table>"
+
+    spread = [["arm", "repeats", "tokens/s, each", "TTFT p50 / p90 / p99", "E2E p50 / p90 / p99",
+               "client, % of a core", "goodput"]]
+    for name, numbers in arms_of(result):
+        runs = numbers["repeats"]
+        spread.append([name, str(len(runs)), ", ".join(f"{r['tokens_per_s']:.1f}" for r in runs),
+                       *(" / ".join("–" if (ms := numbers[key][q]) is None else seconds(ms / 1e3)
+                                    for q in ("p50", "p90", "p99")) + " s"
+                         for key in ("ttft_ms", "e2e_ms")),
+                       "–" if numbers["client_cpu"] is None else f"{numbers['client_cpu']:.0f}",
+                       ", ".join(str(r["goodput"]["requests_per_s"]) for r in runs
+                                 if "goodput" in r) or "–"])
+    links = [f'<a href="{name}-1.html">{name}</a>' for name, _ in arms_of(result)
+             if (folder / f"{name}-1.html").exists()]
+    facts = [f"{key}: {value}" for key, value in result["workload"].items()]
+    facts += [f"{key} {value}" for key, value in result["versions"].items()]
+    verdicts = [f"<li>{'✓' if holds else '<b>✗ flagged:</b>'} {html.escape(text)}</li>"
+                for text, holds in checks(result)]
+    return PAGE.format(
+        title=html.escape(setting(result)),
+        ratios=html.escape(ratios(result)).replace("\n", "<br>"),
+        overview=picture(overview_figure), table=grid(rows(result)), spread=grid(spread),
+        figures="".join(map(picture, (latency_figure, itl_figure, concurrency_figure,
+                                      utilization_figure))),
+        checks="".join(verdicts) or "<li>no data for them in this run</li>",
+        notes="".join(f"<li>{html.escape(line)}</li>" for line in notes(result).splitlines()),
+        formulas=grid([("number", "how it is computed"), *FORMULAS]), links=" · ".join(links),
+        facts=html.escape(" · ".join(facts)), command=html.escape(result["command"]),
+        date=html.escape(result["date"]))
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}}
+img{{max-width:100%;display:block;margin:1rem 0}} table{{border-collapse:collapse;margin:1rem 0}}
+td,th{{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left}}
+small{{color:#555}} code{{background:#f3f3f3;padding:0 .3em}}</style>
+<h1>Load test</h1><p>{title}</p><p><b>{ratios}</b></p>{overview}{table}
+<h2>Every repeat</h2>{spread}<h2>Latency, gaps, users, use of the device</h2>{figures}
+<h2>Cross-checks</h2><ul>{checks}{notes}</ul><h2>How each number is computed</h2>{formulas}
+<h2>Locust's own reports, side by side</h2><p>{links}</p>
+<h2>What was measured</h2><p><small>{facts}</small></p><p><code>{command}</code> {date}</p></html>
+"""
+
+
 FIGURES = {"-throughput": throughput_figure, "-latency": latency_figure,
-           "-utilization": utilization_figure, "": overview_figure}
+           "-utilization": utilization_figure, "-concurrency": concurrency_figure,
+           "-itl": itl_figure, "": overview_figure}
 
 
 def save_figures(result, out, stem):
@@ -257,6 +414,8 @@ def main(arguments=None):
             return 1
         for picture in save_figures(result, options.out, path.stem):
             print(picture)
+        (options.out / f"{path.stem}.html").write_text(page(result, path.parent))
+        print(options.out / f"{path.stem}.html")
         print(table(result))
     return 0
 

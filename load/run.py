@@ -3,6 +3,7 @@
     python -m load.run --host http://127.0.0.1:8000 --users 50 --spawn-rate 5 --out figures/latest
 """
 import argparse
+import bisect
 import collections
 import json
 import os
@@ -15,15 +16,19 @@ import psutil
 
 from cbserver.metrics import RequestRecord, summarize
 from load.server import LoadFailed, check_alive, first_model, python_module, spawn, stop, tail
-from load.workload import LENGTHS
+from load.workload import NAMES, maker
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
 def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, seed=0, model=None,
-             api_key=None, steady_seconds=0, min_requests=100, timeout_s=3600, name="load"):
+             api_key=None, steady_seconds=0, min_requests=100, timeout_s=3600, name="load",
+             rate=0, goodput_targets=()):
     """Send `requests` requests of a workload from `users` users; `spawn_rate` users start a second.
 
+    rate: requests a second with Poisson arrivals, however many are in flight (open loop); `users`
+    must then be more than that. 0: each user sends its next when its last is done (closed loop).
+    goodput_targets: as `targets` takes them.
     With steady_seconds, for fast devices: no fixed list; go on until `min_requests` are done and
     all users have been in flight for that many seconds, and count the tokens of that time only.
     Returns {"records": list[RequestRecord], "summary": dict, "html": Path, "jsonl": Path};
@@ -31,6 +36,11 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
     """
     if requests < 1 and not steady_seconds:
         raise LoadFailed(f"--requests is {requests}; send at least one.")
+    wanted = targets(goodput_targets)
+    try:
+        maker(workload)
+    except ValueError as error:
+        raise LoadFailed(str(error))
     host, out = host.rstrip("/"), Path(out)
     check_alive(host)
     out.mkdir(parents=True, exist_ok=True)
@@ -43,7 +53,7 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
         "locust", "-f", LOCUSTFILE, "--headless", "--only-summary", "--host", host,
         "--users", users, "--spawn-rate", spawn_rate, "--stop-timeout", 600, "--html", html,
         "--workload", workload, "--requests", limit, "--seed", seed, "--out", jsonl,
-        "--steady-seconds", steady_seconds, "--min-requests", min_requests,
+        "--rate", rate, "--steady-seconds", steady_seconds, "--min-requests", min_requests,
         "--model", model or first_model(host, api_key))
     # The key goes by environment: a command line is for everyone to read.
     key = {"CBSERVER_API_KEY": api_key} if api_key else {}
@@ -56,8 +66,11 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
     if not records or len(records) < limit:
         raise LoadFailed(f"Locust ended after {len(records)} requests; from {log}:\n{tail(log)}")
     window = json.loads(window_file.read_text())["window"] if steady_seconds else None
-    return {"records": records, "summary": summary(records, window, cpu), "html": html,
-            "jsonl": jsonl}
+    numbers = summary(records, window, cpu)
+    if wanted and numbers["wall_s"]:
+        numbers["goodput"] = {"targets_ms": wanted,
+                              "requests_per_s": goodput(records, wanted, numbers["wall_s"])}
+    return {"records": records, "summary": numbers, "html": html, "jsonl": jsonl}
 
 
 def summary(records, window, cpu):
@@ -70,9 +83,45 @@ def summary(records, window, cpu):
     tokens, events = (sum(r.completion_tokens for r in done), sum(len(r.token_times) for r in done))
     errors = collections.Counter(r.error for r in records if r.error)
     return summarize(records, window) | {
+        "itl_histogram": histogram([1e3 * gap for r in done for gap in r.itl]),
         "window_s": window and round(window[1] - window[0], 3),
         "tokens_per_event": round(tokens / events, 3) if events else None,
         "client_cpu": cpu_share(cpu, *busy_span(records)), "errors": dict(errors)}
+
+
+EDGES = [round(0.25 * 1.25**k, 3) for k in range(52)]  # ms, from a quarter of one to 21 s
+
+
+def histogram(values):
+    """How many values lie in each bin, EDGES[i] to EDGES[i + 1]; the first and last are open."""
+    counts = [0] * (len(EDGES) - 1)
+    for value in values:
+        counts[min(max(bisect.bisect_right(EDGES, value) - 1, 0), len(counts) - 1)] += 1
+    return counts
+
+
+def targets(words):
+    """["ttft:500", "tpot:100"] -> {"ttft": 500.0, "tpot": 100.0}, in ms."""
+    wanted = {}
+    for word in words or []:
+        name, _, limit = word.partition(":")
+        try:
+            wanted[name] = float(limit)
+        except ValueError:
+            wanted[name] = -1.0
+        if name not in ("ttft", "tpot", "e2e") or not wanted[name] > 0:
+            raise LoadFailed(f"{word!r} is no target; write ttft:500, tpot:100 or e2e:5000, in ms.")
+    return wanted
+
+
+def goodput(records, wanted, seconds):
+    """Requests a second that met every target; wanted: {"ttft", "tpot" or "e2e": ms}."""
+    def met(record):
+        times = {name: getattr(record, name) for name in wanted}
+        return all(times[name] is None or 1e3 * times[name] <= limit
+                   for name, limit in wanted.items())
+
+    return round(sum(met(r) for r in records if r.error is None) / seconds, 3)
 
 
 def busy_span(records):
@@ -159,9 +208,12 @@ def add_load_options(parser):
     add = parser.add_argument
     add("--users", type=int, default=50, help="how many send at once (50)")
     add("--spawn-rate", type=float, default=5, help="users started a second (5)")
-    add("--workload", default="mixed", choices=list(LENGTHS), help="which requests (mixed)")
+    add("--workload", default="mixed", help=f"which requests (mixed): {', '.join(NAMES)}")
     add("--requests", type=int, default=64, help="how many requests, without --steady-seconds (64)")
     add("--seed", type=int, default=0, help="of the workload (0)")
+    add("--rate", type=float, default=0, help="open loop: requests a second (0: closed loop)")
+    add("--goodput", nargs="*", default=(), dest="goodput_targets", metavar="NAME:MS",
+        help="count requests/s that met them: ttft:500 tpot:100")
     add("--min-requests", type=int, default=100, help="with --steady-seconds: at least (100)")
     add("--timeout", type=float, default=3600, help="seconds that one run may take (3600)")
     add("--api-key", default=os.environ.get("CBSERVER_API_KEY"),

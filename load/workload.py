@@ -1,12 +1,16 @@
 """The requests that every arm gets: seeded, mixed in length, and in the same order each time."""
+import math
 import random
+import re
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 
 # Sixteen output lengths in tokens. Half are short and a quarter long: a batch that waits for its
 # longest member wastes most of its slots on such a mix, one that admits on every step does not.
 MIXED = [8, 10, 12, 14, 16, 18, 20, 24, 36, 44, 52, 64, 104, 112, 120, 128]
 LENGTHS = {"mixed": MIXED, "short": [16], "short-mixed": [2, 4, 4, 8, 8, 16, 32, 64]}
+NAMES = [*LENGTHS, "chat", "long-prompt", "fixed:INxOUT"]
 
 ASKS = [
     "Explain {topic} to {reader}.", "Write a short note about {topic} for {reader}.",
@@ -47,7 +51,7 @@ class Request:
     """One request of a workload: which one, what it asks, how many tokens it wants back."""
 
     index: int
-    prompt: str
+    prompt: str | list  # text, or token ids where the length must be exact
     max_tokens: int
 
 
@@ -58,9 +62,67 @@ def workload(name="mixed", requests=64, seed=0):
 
 def stream(name="mixed", seed=0):
     """Requests without end; request i depends on (name, seed, i) alone."""
-    if name not in LENGTHS:
-        raise ValueError(f"No workload {name!r}; there are {', '.join(LENGTHS)}.")
-    return (Request(i, prompt(seed, i), output_length(name, seed, i)) for i in count())
+    make = maker(name)
+    return (make(seed, i) for i in count())
+
+
+def maker(name):
+    """(seed, index) -> Request. Raises ValueError for a name that there is not.
+
+    mixed, short, short-mixed: questions of 16 to 64 tokens, see LENGTHS. chat: lengths log-normal
+    as in public chat traces, medians about 120 tokens in and 150 out. long-prompt: mixed, and every
+    16th prompt has about 2,000 tokens. fixed:128x64: prompts of exactly 128 token ids, 64 out.
+    """
+    if name in LENGTHS:
+        return partial(question, name)
+    if fixed := re.fullmatch(r"fixed:([1-9]\d*)x([1-9]\d*)", name):
+        return partial(exact, *map(int, fixed.groups()))
+    if name not in ("chat", "long-prompt"):
+        raise ValueError(f"No workload {name!r}; there are {', '.join(NAMES)}.")
+    return chat if name == "chat" else long_prompt
+
+
+def question(name, seed, index):
+    return Request(index, prompt(seed, index), output_length(name, seed, index))
+
+
+def chat(seed, index):
+    rng = random.Random(f"chat {seed} {index}")
+    words = log_normal(rng, 90, 0.9, 8, 700)  # 1.3 tokens each
+    return Request(index, essay(seed, index, words), log_normal(rng, 150, 0.6, 8, 500))
+
+
+def long_prompt(seed, index):
+    asked = question("mixed", seed, index)
+    return asked if index % 16 != 5 else Request(index, essay(seed, index, 1500), asked.max_tokens)
+
+
+def exact(tokens_in, tokens_out, seed, index):
+    """Ids from 100 to 499 are words or parts of words in every usual vocabulary."""
+    rng = random.Random(f"fixed {seed} {index}")
+    return Request(index, [rng.randrange(100, 500) for _ in range(tokens_in)], tokens_out)
+
+
+def log_normal(rng, median, sigma, low, high):
+    return int(min(high, max(low, rng.lognormvariate(math.log(median), sigma))))
+
+
+def essay(seed, index, words):
+    """A question that goes on until it has so many words."""
+    rng, text = random.Random(f"essay {seed} {index}"), prompt(seed, index)
+    while len(text.split()) < words:
+        ask = rng.choice(ASKS).format(topic=rng.choice(TOPICS), other=rng.choice(TOPICS),
+                                      reader=rng.choice(READERS))
+        text += " " + ask + " " + rng.choice(DETAILS).format(n=rng.randrange(3, 60))
+    return " ".join(text.split()[:words])
+
+
+def arrivals(rate, seed=0):
+    """Poisson arrivals without end: seconds from the beginning, `rate` a second on average."""
+    rng, now = random.Random(f"arrivals {seed}"), 0.0
+    while True:
+        now += rng.expovariate(rate)
+        yield now
 
 
 def output_length(name, seed, index):

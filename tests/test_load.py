@@ -3,6 +3,7 @@
 Run as a script it is that server: `python tests/test_load.py --host 127.0.0.1 --port 8000`.
 """
 import argparse
+import itertools
 import json
 import socket
 import subprocess
@@ -15,9 +16,9 @@ import pytest
 
 from cbserver.metrics import RequestRecord, summarize
 from load import compare, report
-from load.run import run_load
+from load.run import goodput, run_load, targets
 from load.server import LoadFailed, free_port, python_module
-from load.workload import LENGTHS, workload
+from load.workload import LENGTHS, arrivals, workload
 
 TTFT, GAP = 0.2, 0.02  # seconds, planted
 
@@ -126,7 +127,28 @@ def test_the_mixed_workload_mixes_short_and_long_and_repeats_no_prompt():
     assert set(LENGTHS) == {"mixed", "short", "short-mixed"}
 
 
+def test_chat_lengths_scatter_widely_and_a_long_prompt_comes_every_sixteenth():
+    words = sorted(len(r.prompt.split()) for r in workload("chat", 400))
+    wanted = sorted(r.max_tokens for r in workload("chat", 400))
+    assert 75 < words[200] < 110 and words[0] < 20 and words[-1] > 400
+    assert 130 < wanted[200] < 170 and wanted[0] < 50 and wanted[-1] > 400
+    long = [len(r.prompt.split()) > 1000 for r in workload("long-prompt", 64)]
+    assert sum(long) == 4 and long == [i % 16 == 5 for i in range(64)]
+    assert workload("chat", 9, seed=1) != workload("chat", 9, seed=2)
+
+
+def test_a_fixed_workload_has_exactly_the_lengths_of_its_name():
+    for r in workload("fixed:128x64", 9):
+        assert len(r.prompt) == 128 and r.max_tokens == 64
+        assert all(isinstance(token, int) and 100 <= token < 500 for token in r.prompt)
+    for name in ("fixed", "fixed:0x5", "fixed:5", "fixed:5x-1", "chat2"):
+        with pytest.raises(ValueError, match="fixed:INxOUT"):
+            workload(name, 1)
+
+
 def test_an_unknown_workload_is_refused_by_name():
+    with pytest.raises(LoadFailed, match="No workload 'nothing'"):
+        run_load("http://127.0.0.1:9", ".", workload="nothing")
     with pytest.raises(ValueError, match="mixed, short"):
         workload("nothing", 1)
 
@@ -206,9 +228,83 @@ def test_compare_runs_every_arm_and_leaves_report_and_plots(tmp_path):
         assert (tmp_path / f"{arm}-1.jsonl").exists() and (tmp_path / f"{arm}-1.html").exists()
     assert result["same_text"] == {"reference": "sequential",
                                    "continuous": {"equal": 8, "compared": 8}}
+    page = report.page(result, tmp_path)
+    assert page.count("data:image/png") == 5 and 'href="continuous-1.html"' in page
+    assert "TTFT p50 / p90 / p99" in page and "request sent → last token" in page
     assert "slowest" in report.table(result) and "continuous ÷ sequential" in report.ratios(result)
     for path in report.save_figures(result, tmp_path, "compare"):
         assert path.stat().st_size > 10_000
+
+
+def test_the_cross_checks_flag_numbers_that_cannot_be(tmp_path):
+    run = {"requests": 100, "wall_s": 50, "e2e_ms": {"mean": 2000}, "in_flight": 4.1,
+           "tokens_per_s": 90}
+    result = {"arms": {"continuous": {"repeats": [run]}, "one-slot": {"repeats": [run]}},
+              "roofline": {"slots": 16, "bandwidth_gb_s": 20, "weights_gb": 0.5}}
+    held = {text: holds for text, holds in report.checks(result)}
+    assert [holds for text, holds in held.items() if "arrival rate" in text] == [True, True]
+    roof = {text.split(":")[0]: holds for text, holds in held.items() if "at most" in text}
+    assert roof == {"continuous": True, "one-slot": False}, "90 > 1 row × 20 ÷ 0.5"
+    run["in_flight"] = 12.0
+    assert not any(holds for text, holds in report.checks(result) if "arrival rate" in text)
+
+
+def test_the_knee_is_where_more_users_stop_helping():
+    levels = [{"users": n, "tokens_per_s": speed, "ttft_ms": {"p50": 5}}
+              for n, speed in ((1, 10), (4, 38), (16, 92), (32, 99), (50, 100))]
+    assert report.knee(levels) == 16
+
+
+def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
+    arguments = ["--arms", "sequential,continuous", "--workload", "short", "--users", "4",
+                 "--requests", "8", "--no-fast-device", "--spawn-rate", "50", "--out",
+                 str(tmp_path)]
+    options = compare.parse(arguments)
+    options.server = [sys.executable, __file__]
+    before = compare.compare(options)
+    (tmp_path / "continuous-1.json").unlink()  # as if it had been cut off there
+    again = compare.parse([*arguments, "--resume"])
+    again.server = [sys.executable, "-c", "raise SystemExit('started')"]
+    with pytest.raises(LoadFailed, match="started"):
+        compare.compare(again)
+    again.server = options.server
+    after = compare.compare(again)
+    assert after["arms"]["sequential"] == before["arms"]["sequential"]
+    assert after["same_text"] == before["same_text"]
+    other = compare.parse([*arguments, "--resume", "--seed", "5"])
+    other.server = [sys.executable, "-c", "raise SystemExit('started')"]
+    with pytest.raises(LoadFailed, match="started"):
+        compare.compare(other)
+
+
+def test_an_open_loop_keeps_its_arrivals_and_counts_from_when_a_request_was_due(serve, tmp_path):
+    due = list(itertools.islice(arrivals(40, seed=3), 1000))
+    assert due[-1] == pytest.approx(25, rel=0.15), "40 a second on average"
+    for users, name in ((12, "enough"), (1, "few")):
+        result = run_load(serve(), tmp_path, users=users, spawn_rate=1000, workload="short",
+                          requests=12, seed=3, rate=40, name=name)
+        records = sorted(result["records"], key=lambda r: r.index)
+        begun = records[0].start - due[0]
+        for record, moment in zip(records, due):
+            assert record.start - begun == pytest.approx(moment, abs=0.01)
+    # One user serves one at a time: the last waits for all before it, and that is in its TTFT.
+    assert records[-1].ttft > 11 * TTFT - due[11]
+
+
+def test_goodput_counts_the_requests_that_met_every_target():
+    fast = RequestRecord(start=0.0, token_times=[0.4, 0.45, 0.5], completion_tokens=3)
+    late = RequestRecord(start=0.0, token_times=[0.6, 0.65, 0.7], completion_tokens=3)
+    slow = RequestRecord(start=0.0, token_times=[0.4, 1.4, 2.4], completion_tokens=3)
+    alone = RequestRecord(start=0.0, token_times=[0.1], completion_tokens=1)  # has no TPOT to miss
+    failed = RequestRecord(start=0.0, error="HTTP 429")
+    records = [fast, late, slow, alone, failed]
+    assert goodput(records, {"ttft": 500, "tpot": 100}, seconds=2) == 1.0
+    assert goodput(records, {"ttft": 500}, seconds=2) == 1.5
+    assert goodput(records, {"e2e": 600}, seconds=2) == 1.0
+    assert targets(["ttft:500", "tpot:100.5"]) == {"ttft": 500, "tpot": 100.5}
+    for wrong in ("ttft", "ttft:x", "speed:5", "ttft:-1"):
+        with pytest.raises(LoadFailed, match="ttft:500"):
+            targets([wrong])
 
 
 def test_a_hand_made_log_gives_hand_computed_numbers():

@@ -58,7 +58,7 @@ def http_text():
                 parts.append(
                     f"{row['tokens_per_s']:,.0f} tokens/s over HTTP with {run['users']} users "
                     f"against {alone:,.0f} without on {device.upper()} at {slots} slots: "
-                    f"{row['tokens_per_s'] / alone:.0%} ({len(row['repeats'])} repeats, "
+                    f"{row['tokens_per_s'] / alone:.0%} ({repeats(row)}, "
                     f"{run['tokens_per_event']:.2f} tokens an event, client at "
                     f"{run['client_cpu_percent']:.0f} % of a core)")
     text = [f"What HTTP costs (`python -m load.offline`): {'; '.join(parts)}."] if parts else []
@@ -82,11 +82,16 @@ def more_text(device):
         if path.exists():
             result = json.loads(path.read_text())
             rows = [f"{row['arm']} at {row['slots']} slots {row['tokens_per_s']:,.0f} tokens/s "
-                    f"({len(row['repeats'])} repeats)" for row in result["rows"]]
-            same = [f"{same['whole']} of {same['compared']}" for same in result["same_tokens"]]
+                    f"({repeats(row)})" for row in result["rows"]]
+            same = {f"{same['whole']} of {same['compared']}" for same in result["same_tokens"]}
             yield (f"{words}: {', '.join(rows)}." if kind == "chat" else
                    f"{words}, answers of {result['workload']['short']} tokens that equal "
-                   f"generate()'s: {', '.join(same)} in {len(same)} arms.")
+                   f"generate()'s: {' or '.join(sorted(same))} in each of the "
+                   f"{len(result['same_tokens'])} other arms measured.")
+
+
+def repeats(row):
+    return f"{len(row['repeats'])} repeat{'s' if len(row['repeats']) > 1 else ''}"
 
 
 def setting(result):
