@@ -391,10 +391,13 @@ FIGURES = {"-throughput": throughput_figure, "-latency": latency_figure,
 
 
 def save_figures(result, out, stem):
-    """Write every picture as `out`/`stem`….png: list[Path]."""
+    """Write every picture that there is data for as `out`/`stem`….png: list[Path]."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    paths = {out / f"{stem}{end}.png": draw for end, draw in FIGURES.items()}
+    without = [] if result.get("sweep") else ["-concurrency"]
+    if not all("itl_histogram" in numbers for _, numbers in arms_of(result)):
+        without.append("-itl")
+    paths = {out / f"{stem}{end}.png": draw for end, draw in FIGURES.items() if end not in without}
     for path, draw in paths.items():
         draw(result).savefig(path)
     return list(paths)

@@ -150,7 +150,7 @@ def figure(result):
         drawn, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True,
                                             layout="constrained")
         top.plot(minutes, [row["rss_mb"] for row in rows], color="#0072B2")
-        top.set(ylabel="server RSS, MB", ylim=(0, None))
+        top.set(ylabel="server RSS, MB", ylim=(0, 1.2 * max(row["rss_mb"] for row in rows)))
         for q, style in (("p50", "-"), ("p99", "--")):
             bottom.plot(minutes, [row["itl_ms"][q] for row in rows], style, color="#0072B2",
                         label=f"gap between tokens, {q}")

@@ -69,7 +69,7 @@ def http_text():
                  f"{v['rss_mb'][0]:,.0f} and {v['rss_mb'][1]:,.0f} MB, gap between tokens "
                  f"{v['itl_p50_ms'][0]:.0f} and {v['itl_p50_ms'][1]:.0f} ms, "
                  f"{v['requests']:,} requests, {v['failures']} failures, every fifth client "
-                 "gone before its end.", "",
+                 f"gone before its end. {result.get('note', '')}".rstrip(), "",
                  "![Memory and latency over time](figures/soak-cpu.png)"]
     return "\n".join(text)
 
