@@ -14,7 +14,7 @@ NAMES = {"generate": "generate(), one at a time", "one-slot": "our engine, one s
          "continuous": "continuous batching", "continuous+graphs": "… + CUDA graphs",
          "continuous+graphs+fused": "… + joined weights, compiled functions",
          "continuous+joined": "… + joined weights, own forward pass",
-         "continuous+graphs+compile": "… + compiled functions, kernel",
+         "continuous+graphs+compile": "… + our attention kernel",
          "http": "the server over HTTP, as shipped", "vllm": "vLLM"}
 # Data sheet; a copy reaches 87 % of it on an H100, prompts are taken to run at 40 % of the peak.
 T4 = {"gb_s": 320 * 0.87, "tflops": 65 * 0.4}
