@@ -21,7 +21,7 @@ import psutil
 from load import report
 from load.offline import run_child
 from load.results import first_gpu, hardware, order, versions, write_json
-from load.run import add_load_options, busy_span, exit_with, read_records, run_load
+from load.run import add_load_options, cpu_curve, cpu_share, exit_with, read_records, run_load
 from load.server import LoadFailed, ServerProcess, first_model, http, python_module, warm_up
 
 ARMS = {
@@ -77,7 +77,7 @@ def sweep(options):
             numbers = run_load(
                 server.url, options.out, users, max(users, 5), options.workload, 0, options.seed,
                 model, options.api_key, options.sweep_seconds, users, options.timeout,
-                f"sweep-{users}")["summary"]
+                f"sweep-{users}", processes=min(users, options.processes))["summary"]
             levels.append({"users": users} | {key: numbers[key] for key in (
                 "requests", "failures", "tokens_per_s", "ttft_ms", "itl_ms", "e2e_ms")})
             print(f"{users} users: {numbers['tokens_per_s']} tokens/s, TTFT p50 "
@@ -117,11 +117,12 @@ def run_arm(arm, repeat, options, say):
                 server.url, options.out, options.users, options.spawn_rate, options.workload,
                 options.requests, options.seed, model, options.api_key, options.steady_seconds,
                 options.min_requests, options.timeout, name, options.rate,
-                options.goodput_targets)
-    records = loaded["records"]
-    span = busy_span(records)
-    return loaded["summary"] | {"utilization": watch.between(*span),
-                                "in_flight": watch.mean_in_flight(*span)}, records
+                options.goodput_targets, options.processes)
+    span = loaded["span"]
+    return loaded["summary"] | {
+        "utilization": watch.between(*span) | {"client": thin(cpu_curve(loaded["cpu"], *span))},
+        "server_cpu": cpu_share(watch.cpu, *span),
+        "in_flight": watch.mean_in_flight(*span)}, loaded["records"]
 
 
 def server_arguments(arm, options):
@@ -134,19 +135,20 @@ def server_arguments(arm, options):
 class Utilization:
     """Samples how busy the device is, every half second, for the length of a `with`.
 
-    On a GPU: % of the time that any kernel ran. On a CPU: % of all cores used by process `pid`.
-    Also how many requests the server has, waiting or running, if it tells at `url`/metrics.
+    gpu: [(time, % of it that any kernel ran)]. cpu: [(time, CPU seconds so far)] of the server's
+    process `pid`. in_flight: [(time, requests that it has, waiting or running)], if it tells at
+    `url`/metrics.
     """
 
     def __init__(self, pid, url, api_key=None, interval=0.5):
-        self.interval, self.samples, self.over = interval, [], threading.Event()
-        self.url, self.api_key, self.in_flight = url, api_key, []
+        self.interval, self.over = interval, threading.Event()
+        self.url, self.api_key = url, api_key
+        self.gpu_use, self.cpu, self.in_flight = [], [], []
         self.gpu = first_gpu()
         self.process = psutil.Process(pid)
         self.thread = threading.Thread(target=self.sample, daemon=True)
 
     def __enter__(self):
-        self.process.cpu_percent()  # the first answer of psutil has nothing to compare with
         self.thread.start()
         return self
 
@@ -157,23 +159,30 @@ class Utilization:
     def sample(self):
         with contextlib.suppress(psutil.Error):  # the server is gone: so is the reason to sample
             while not self.over.wait(self.interval):
-                self.samples.append((time.perf_counter(), self.read()))
+                now, times = time.perf_counter(), self.process.cpu_times()
+                self.cpu.append((now, times.user + times.system))
+                if self.gpu is not None:
+                    import pynvml
+
+                    rates = pynvml.nvmlDeviceGetUtilizationRates(self.gpu)
+                    self.gpu_use.append((now, rates.gpu))
                 if (requests := gauge(self.url, self.api_key)) is not None:
-                    self.in_flight.append((time.perf_counter(), requests))
-
-    def read(self):
-        if self.gpu is None:
-            return self.process.cpu_percent() / os.cpu_count()
-        import pynvml
-
-        return pynvml.nvmlDeviceGetUtilizationRates(self.gpu).gpu
+                    self.in_flight.append((now, requests))
 
     def between(self, first, last):
-        """{"kind", "mean": %, "series": [[seconds since first, %], ...]} between two times."""
-        inside = [(t - first, value) for t, value in self.samples if first <= t <= last]
-        mean = round(statistics.fmean(v for _, v in inside), 1) if inside else None
-        kind = "cpu" if self.gpu is None else "gpu"
-        return {"kind": kind, "mean": mean, "series": thin(inside)}
+        """How busy the device was between two times.
+
+        {"kind": "gpu" or "cpu", "mean": %, "series": [[seconds since first, %], ...]} and on a GPU
+        {"server": as series, % of one core} beside it. % of a CPU are of all its cores.
+        """
+        server = cpu_curve(self.cpu, first, last)
+        if self.gpu is None:
+            kind, series = "cpu", [[t, value / os.cpu_count()] for t, value in server]
+        else:
+            kind, series = "gpu", [[t - first, v] for t, v in self.gpu_use if first <= t <= last]
+        mean = round(statistics.fmean(v for _, v in series), 1) if series else None
+        return {"kind": kind, "mean": mean, "series": thin(series),
+                **({"server": thin(server)} if kind == "gpu" else {})}
 
     def mean_in_flight(self, first, last):
         """Requests that the server had, on average between two times; None if it did not tell."""
@@ -200,11 +209,11 @@ def thin(samples):
 def arm_result(runs):
     """What an arm's repeats come to: medians, sums of failures, and every repeat's own numbers."""
     names = ["tokens_per_s", "requests_per_s", "ttft_ms", "itl_ms", "tpot_ms", "e2e_ms",
-             "tokens_per_event", "client_cpu"]
+             "tokens_per_event", "client_cpu", "server_cpu"]
     whole = {name: median([run[name] for run in runs]) for name in names}
     usage = runs[0]["utilization"] | {"mean": median([r["utilization"]["mean"] for r in runs])}
     # One curve is enough for the picture: the repeats keep their means.
-    repeats = [run | {"utilization": {k: v for k, v in run["utilization"].items() if k != "series"}}
+    repeats = [run | {"utilization": {k: run["utilization"][k] for k in ("kind", "mean")}}
                for run in runs]
     for run in repeats:
         del run["itl_histogram"]
@@ -241,7 +250,8 @@ def describe(options):
                 "all users in flight" if steady else f"one list of {options.requests} requests")
     load = {"name": options.workload, "seed": options.seed, "users": options.users,
             "spawn_rate": options.spawn_rate, "rate": options.rate, "protocol": protocol,
-            "requests": None if steady else options.requests, "repeats": options.repeats}
+            "requests": None if steady else options.requests, "repeats": options.repeats,
+            "processes": options.processes}
     return {"hardware": hardware(), "model": options.model, "versions": packages,
             "command": shlex.join(["python", "-m", "load.compare", *options.arguments]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -284,6 +294,8 @@ def fill_in(options):
         options.fast_device = gpu
     if not options.fast_device:
         options.steady_seconds = 0
+    if gpu and options.processes == 1 and os.cpu_count() >= 8:
+        options.processes = 4  # thousands of events a second are too many for one
     default = "unsloth/Llama-3.2-1B-Instruct" if gpu else "smollm2"
     options.model = options.model or os.environ.get("CBSERVER_MODEL") or default
     options.server = python_module("cbserver")

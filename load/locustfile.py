@@ -1,6 +1,7 @@
 """An SSE-aware Locust user: it times every token, because Locust alone stops at the headers."""
 import itertools
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -11,6 +12,7 @@ import locust.stats
 from geventhttpclient.response import HTTPParseError
 from locust import FastHttpUser, constant, events, task
 from locust.exception import StopUser
+from locust.runners import MasterRunner, WorkerRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the `locust` script lacks it
 
@@ -18,7 +20,6 @@ from cbserver.metrics import RequestRecord  # noqa: E402
 from load.server import first_model  # noqa: E402
 from load.workload import NAMES, arrivals, stream  # noqa: E402
 
-PATH = "/v1/completions"
 # Locust rounds to two digits to keep its histogram small; whole milliseconds are small enough here.
 locust.stats.bucket_response_time = round
 locust.stats.PERCENTILES_TO_CHART = [0.5, 0.99]
@@ -38,6 +39,10 @@ def add_options(parser):
     add("--min-requests", type=int, default=100, help="with --steady-seconds: at least so many")
     add("--out", default="", help="write one JSON line a request to this file")
     add("--model", default="", help="model name to ask for; default: the first the server lists")
+    add("--chat", action="store_true", help="use /v1/chat/completions, for servers of chats only")
+    add("--body", type=json.loads, default={}, metavar="JSON",
+        help="fields for every request's body; null takes one of ours out, as in "
+             '{"ignore_eos": null} for a server that refuses it')
     add("--api-key", default="", env_var="CBSERVER_API_KEY", is_secret=True,
         help="sent as a bearer token; may come from CBSERVER_API_KEY")
 
@@ -48,8 +53,25 @@ def wait_for_requests_in_flight(environment, **_):
     environment.stop_timeout = environment.stop_timeout or 120
 
 
+@events.init.add_listener
+def count_workers(environment, runner, **_):
+    """Locust's distributed mode: the master ends the test when every worker is done."""
+    if isinstance(runner, MasterRunner):
+        left = set(range(environment.parsed_options.expect_workers))
+
+        def done(environment, msg, **_):
+            left.discard(msg.data)
+            if not left:
+                gevent.spawn(runner.quit)  # not from the greenlet that listens to the workers
+
+        runner.register_message("share done", done)
+
+
 @events.test_start.add_listener
 def begin(environment, **_):
+    out = environment.parsed_options.out
+    if out and not isinstance(environment.runner, WorkerRunner):  # the master is before them all
+        Path(out).write_bytes(b"")
     CompletionUser.load = Load(environment)
 
 
@@ -66,21 +88,29 @@ def finish(environment, **_):
 class Load:
     """What all users share: one stream of requests, one file of records, and when to stop.
 
-    Times are seconds of `time.perf_counter`.
+    Of `workers` processes each takes every `workers`-th request of the one stream, and all write
+    into the one file. Times are seconds of `time.perf_counter`.
     """
 
     def __init__(self, environment):
         self.environment, self.options = environment, environment.parsed_options
+        distributed = isinstance(environment.runner, WorkerRunner)
+        self.workers = self.options.expect_workers if distributed else 1
+        self.worker = environment.runner.worker_index if distributed else 0
         requests = stream(self.options.workload, self.options.seed)
-        self.requests = itertools.islice(requests, self.options.requests or None)
+        self.requests = itertools.islice(requests, self.worker, self.options.requests or None,
+                                         self.workers)
         host = environment.host or CompletionUser.host
         key = self.options.api_key
         self.model = self.options.model or first_model(host, key)
         self.headers = {"Accept-Encoding": "identity"}  # compression would hold tokens back
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
-        self.file = open(self.options.out, "w") if self.options.out else None
-        self.arrivals, self.began = arrivals(self.options.rate or 1, self.options.seed), None
+        # Unbuffered, to append: a line is one write, and writes of several processes never mix.
+        self.file = open(self.options.out, "ab", buffering=0) if self.options.out else None
+        rate = (self.options.rate or 1) / self.workers  # Poisson streams add up to one
+        seed = f"{self.options.seed}.{self.worker}" if self.worker else self.options.seed
+        self.arrivals, self.began = arrivals(rate, seed), None
         self.in_flight, self.finished = 0, 0
         self.all_spawned, self.closed, self.ended = None, None, False
 
@@ -103,19 +133,29 @@ class Load:
         gevent.sleep(max(0, due - time.perf_counter()))
         return request, due
 
+    def asked(self, request):
+        """(path, body) of the HTTP request for one request of the workload."""
+        path, question = "/v1/completions", {"prompt": request.prompt}
+        if self.options.chat:
+            path = "/v1/chat/completions"
+            question = {"messages": [{"role": "user", "content": request.prompt}]}
+        body = {"model": self.model, **question, "temperature": 0, "ignore_eos": True,
+                "max_tokens": request.max_tokens, "stream": True,
+                "stream_options": {"include_usage": True}} | self.options.body
+        return path, {name: value for name, value in body.items() if value is not None}
+
     def save(self, record):
         """Write a record at once, so that an onlooker can count and a crash loses nothing."""
         self.finished += 1
         if self.file:
-            self.file.write(json.dumps(asdict(record)) + "\n")
-            self.file.flush()
+            self.file.write(json.dumps(asdict(record)).encode() + b"\n")
         if self.steady_enough():
             self.close_window()
 
     def steady_enough(self):
         wanted, spawned = self.options.steady_seconds, self.all_spawned
         return (wanted and spawned and not self.closed
-                and self.finished >= self.options.min_requests
+                and self.finished >= math.ceil(self.options.min_requests / self.workers)
                 and time.perf_counter() - spawned >= wanted)
 
     def close_window(self):
@@ -123,14 +163,17 @@ class Load:
         self.closed = time.perf_counter()
         if self.options.out:
             window = json.dumps({"window": [self.all_spawned, self.closed]})
-            Path(self.options.out).with_suffix(".window.json").write_text(window + "\n")
+            Path(f"{self.options.out}.window{self.worker}").write_text(window + "\n")
 
     def end_test(self):
         """From a greenlet of its own: the user that calls this is one of those to be stopped."""
         if not self.ended:
             self.ended = True
             runner = self.environment.runner
-            gevent.spawn(runner.stop if self.environment.web_ui else runner.quit)
+            if isinstance(runner, WorkerRunner):
+                runner.send_message("share done", self.worker)
+            else:
+                gevent.spawn(runner.stop if self.environment.web_ui else runner.quit)
 
     def close(self):
         if self.file:
@@ -170,10 +213,8 @@ class CompletionUser(FastHttpUser):
 
     def send(self, request, record):
         """Send one request and fill its record, as a success or a failure in Locust's table too."""
-        body = {"model": self.load.model, "prompt": request.prompt, "temperature": 0,
-                "max_tokens": request.max_tokens, "ignore_eos": True, "stream": True,
-                "stream_options": {"include_usage": True}}
-        with self.client.post(PATH, json=body, headers=self.load.headers, stream=True,
+        path, body = self.load.asked(request)
+        with self.client.post(path, json=body, headers=self.load.headers, stream=True,
                               catch_response=True) as response:
             try:
                 if response.status_code != 200:
@@ -224,8 +265,12 @@ def read_event(data, now, record):
     if "error" in data:
         raise StreamFailed(f"error event: {error_message(data)}")
     for choice in data.get("choices", []):
+        if "delta" in choice:  # of a chat; the first event of many servers brings a role, no token
+            text = choice["delta"].get("content") or choice["delta"].get("reasoning_content")
+            if not text:
+                continue
         record.token_times.append(now)
-        record.text += choice.get("text") or ""
+        record.text += (text if "delta" in choice else choice.get("text")) or ""
     if usage := data.get("usage"):
         record.prompt_tokens = usage["prompt_tokens"]
         record.completion_tokens = usage["completion_tokens"]

@@ -186,9 +186,19 @@ def draw_throughput(axes, result):
 def draw_latencies(pair, result):
     """TTFT on the first axes and E2E on the second, arms from top to bottom."""
     titles = {"ttft_ms": "Time to first token", "e2e_ms": "End-to-end latency"}
-    for axes, (key, title) in zip(pair, titles.items()):
+    values = [[numbers[key][q] / 1e3 for _, numbers in arms_of(result) for q in ("p50", "p99")
+               if numbers[key][q]] or [1] for key in titles]
+    wide = any(max(some) > 20 * min(some) for some in values)  # one kind of axis for both panels
+    for axes, (key, title), some in zip(pair, titles.items(), values):
         draw_latency(axes, result, key)
         axes.set_title(title)
+        low, high = min(some), max(some)
+        if wide:  # room on the right is for the labels
+            axes.set(xscale="log", xlim=(low / 1.5, high * max(high / low, 20) ** 0.85))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_xlim(0, 1.75 * high)
     pair[1].tick_params(labelleft=False)
 
 
@@ -203,13 +213,6 @@ def draw_latency(axes, result, key):
         axes.plot(p99, y, "o", mec=color, mfc="white", mew=2, ms=8, zorder=3)
         axes.annotate(f"{seconds(p50)} – {seconds(p99)} s", (p99, y), (9, 0), fontsize=9,
                       textcoords="offset points", va="center")
-    values = [numbers[key][q] / 1e3 for _, numbers in arms for q in ("p50", "p99")]
-    low, high = max(min(values, default=0), 1e-6), max(values, default=1)
-    if values and high > 20 * low:  # room on the right is for the labels
-        axes.set(xscale="log", xlim=(low / 1.5, high * (high / low) ** 0.85))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
-        axes.set_xlim(0, 1.75 * high)
     axes.set_yticks(range(len(arms)), [name for name, _ in arms])
     axes.set_ylim(len(arms) - 0.5, -0.7)
     axes.grid(axis="y", visible=False)
@@ -224,11 +227,17 @@ def seconds(value):
 
 def draw_utilization(axes, name, usage):
     x, y = zip(*usage["series"]) if usage["series"] else ((), ())
+    what = "GPU, % of the time" if usage["kind"] == "gpu" else "server, % of all cores"
     axes.fill_between(x, y, color=COLORS[name], alpha=0.35, lw=0)
-    axes.plot(x, y, color=COLORS[name], lw=1.2)
-    axes.set(ylim=(0, 105), yticks=[0, 50, 100], ylabel=f"{usage['kind'].upper()} %")
+    axes.plot(x, y, color=COLORS[name], lw=1.2, label=what)
+    for whose, line in (("server", ":"), ("client", "--")):
+        if usage.get(whose):
+            axes.plot(*zip(*usage[whose]), line, color="#333333", lw=1.2,
+                      label=f"{whose}, % of a core")
+    axes.set(ylim=(0, 105), yticks=[0, 50, 100], ylabel="%")
     mean = "" if usage["mean"] is None else f": {usage['mean']:.0f} % on average"
     axes.set_title(f"{name}{mean}", fontsize=11)
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     axes.set_xlim(left=0)
 
 
@@ -283,8 +292,8 @@ def notes(result):
              for arm, n in same.items()]
     for name, numbers in arms_of(result):
         if (numbers["client_cpu"] or 0) > 70:
-            lines.append(f"{name}: Locust used {numbers['client_cpu']:.0f} % of a core, so the "
-                         "client may have been the limit")
+            lines.append(f"✗ flagged: {name}: Locust used {numbers['client_cpu']:.0f} % of a core "
+                         "(above 70), so the client may have been the limit: use --processes")
         if (numbers["tokens_per_event"] or 1) > 1.05:
             lines.append(f"{name}: {numbers['tokens_per_event']} tokens an event, so ITL is the "
                          "gap between events")
@@ -295,16 +304,17 @@ def checks(result):
     """Cross-checks of each arm: [(sentence, whether it holds)].
 
     Little's law: requests in flight, as the server counted them, are the rate of arrivals times the
-    mean latency, as the client did. The roofline: no step is faster than its weights can be read.
+    mean time in the system, by the client's log. The roofline: no step is faster than its weights
+    can be read.
     """
     found = []
     for name, numbers in arms_of(result):
         runs = [run for run in numbers["repeats"] if run.get("in_flight")]
         if runs:
             run = runs[0]
-            law = run["requests"] / run["wall_s"] * run["e2e_ms"]["mean"] / 1e3
+            law = run["client_in_flight"]
             found.append((f"{name}: {run['in_flight']:.1f} requests in flight by the server's "
-                          f"count; arrival rate × mean latency = {law:.1f}",
+                          f"count; arrival rate × mean latency, by the client's log: {law:.1f}",
                           abs(law - run["in_flight"]) <= 0.15 * law + 0.5))
         if roof := result.get("roofline"):
             rows = 1 if name in ("sequential", "one-slot") else roof["slots"]
@@ -325,7 +335,12 @@ FORMULAS = [
     ("p50, p90, p99", "nearest rank; under 100 requests the last is called slowest"),
     ("goodput", "requests ÷ second that met every target"),
     ("spread", "slowest and fastest repeat; the number itself is the median"),
-    ("use", "GPU: % of time that any kernel ran. CPU: % of all cores, of the server's process")]
+    ("use", "GPU: % of time that any kernel ran. CPU: % of all cores, of the server's process"),
+    ("client", "CPU time of a process of Locust, % of one core; above 70 the run is flagged"),
+    ("knee", "the fewest users with 90 % of the best throughput"),
+    ("Little's law", "mean requests in flight = arrivals ÷ second × mean latency, both within the "
+                     "time that counts"),
+    ("roofline", "tokens/s ≤ rows of a step × memory bandwidth ÷ bytes of weights")]
 
 
 def page(result, folder):
@@ -343,14 +358,15 @@ def page(result, folder):
         return f"<table><tr>{'</tr><tr>'.join([head, *body])}</tr></table>"
 
     spread = [["arm", "repeats", "tokens/s, each", "TTFT p50 / p90 / p99", "E2E p50 / p90 / p99",
-               "client, % of a core", "goodput"]]
+               "server, % of a core", "client, % of a core", "goodput, requests/s"]]
     for name, numbers in arms_of(result):
         runs = numbers["repeats"]
         spread.append([name, str(len(runs)), ", ".join(f"{r['tokens_per_s']:.1f}" for r in runs),
                        *(" / ".join("–" if (ms := numbers[key][q]) is None else seconds(ms / 1e3)
                                     for q in ("p50", "p90", "p99")) + " s"
                          for key in ("ttft_ms", "e2e_ms")),
-                       "–" if numbers["client_cpu"] is None else f"{numbers['client_cpu']:.0f}",
+                       *("–" if numbers[cpu] is None else f"{numbers[cpu]:.0f}"
+                         for cpu in ("server_cpu", "client_cpu")),
                        ", ".join(str(r["goodput"]["requests_per_s"]) for r in runs
                                  if "goodput" in r) or "–"])
     links = [f'<a href="{name}-1.html">{name}</a>' for name, _ in arms_of(result)

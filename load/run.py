@@ -23,16 +23,18 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, seed=0, model=None,
              api_key=None, steady_seconds=0, min_requests=100, timeout_s=3600, name="load",
-             rate=0, goodput_targets=()):
+             rate=0, goodput_targets=(), processes=1, chat=False, body=None):
     """Send `requests` requests of a workload from `users` users; `spawn_rate` users start a second.
 
     rate: requests a second with Poisson arrivals, however many are in flight (open loop); `users`
     must then be more than that. 0: each user sends its next when its last is done (closed loop).
-    goodput_targets: as `targets` takes them.
+    goodput_targets: as `targets` takes them. processes: Locust's workers, for more load than one
+    core can make. chat, body: /v1/chat/completions, and fields for every request's body.
     With steady_seconds, for fast devices: no fixed list; go on until `min_requests` are done and
     all users have been in flight for that many seconds, and count the tokens of that time only.
-    Returns {"records": list[RequestRecord], "summary": dict, "html": Path, "jsonl": Path};
-    `out`/`name`.jsonl and `out`/`name`.html stay. Raises LoadFailed with one sentence.
+    Returns {"records": list[RequestRecord], "summary": dict, "span": (first, last) of what counts,
+    "cpu": samples of `follow`, "html": Path, "jsonl": Path}; `out`/`name`.jsonl and
+    `out`/`name`.html stay. Raises LoadFailed with one sentence.
     """
     if requests < 1 and not steady_seconds:
         raise LoadFailed(f"--requests is {requests}; send at least one.")
@@ -45,8 +47,7 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
     check_alive(host)
     out.mkdir(parents=True, exist_ok=True)
     jsonl, html, log = (out / f"{name}{end}" for end in (".jsonl", ".html", "-locust.log"))
-    window_file = jsonl.with_suffix(".window.json")
-    for stale in (jsonl, html, window_file):
+    for stale in (jsonl, html, *window_files(jsonl)):
         stale.unlink(missing_ok=True)
     limit = 0 if steady_seconds else requests
     command = python_module(
@@ -54,7 +55,8 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
         "--users", users, "--spawn-rate", spawn_rate, "--stop-timeout", 600, "--html", html,
         "--workload", workload, "--requests", limit, "--seed", seed, "--out", jsonl,
         "--rate", rate, "--steady-seconds", steady_seconds, "--min-requests", min_requests,
-        "--model", model or first_model(host, api_key))
+        "--model", model or first_model(host, api_key), "--body", json.dumps(body or {}),
+        *(["--chat"] if chat else []), *(["--processes", processes] if processes > 1 else []))
     # The key goes by environment: a command line is for everyone to read.
     key = {"CBSERVER_API_KEY": api_key} if api_key else {}
     process = spawn(command, log, **key)
@@ -65,19 +67,23 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
     records = read_records(jsonl)
     if not records or len(records) < limit:
         raise LoadFailed(f"Locust ended after {len(records)} requests; from {log}:\n{tail(log)}")
-    window = json.loads(window_file.read_text())["window"] if steady_seconds else None
-    numbers = summary(records, window, cpu)
-    if wanted and numbers["wall_s"]:
+    window = read_window(jsonl) if steady_seconds else None
+    span = window or busy_span(records)
+    numbers = summary(records, window) | {"client_cpu": cpu_share(cpu, *span),
+                                          "client_in_flight": mean_in_flight(records, *span)}
+    if wanted:
         numbers["goodput"] = {"targets_ms": wanted,
-                              "requests_per_s": goodput(records, wanted, numbers["wall_s"])}
-    return {"records": records, "summary": numbers, "html": html, "jsonl": jsonl}
+                              "requests_per_s": goodput(records, wanted, *span)}
+    return {"records": records, "summary": numbers, "span": span, "cpu": cpu, "html": html,
+            "jsonl": jsonl}
 
 
-def summary(records, window, cpu):
+def summary(records, window):
     """`summarize`, and what tells whether to believe it.
 
-    tokens_per_event: above 1, gaps between events are not gaps between tokens. client_cpu: % of
-    one core that Locust used; near 100 the client was the limit. errors: how often each came.
+    tokens_per_event: above 1, gaps between events are not gaps between tokens. errors: how often
+    each came. `run_load` adds client_cpu: % of one core that a process of Locust used; near 100 the
+    client was the limit, and client_in_flight, for Little's law.
     """
     done = [r for r in records if r.error is None]
     tokens, events = (sum(r.completion_tokens for r in done), sum(len(r.token_times) for r in done))
@@ -85,8 +91,7 @@ def summary(records, window, cpu):
     return summarize(records, window) | {
         "itl_histogram": histogram([1e3 * gap for r in done for gap in r.itl]),
         "window_s": window and round(window[1] - window[0], 3),
-        "tokens_per_event": round(tokens / events, 3) if events else None,
-        "client_cpu": cpu_share(cpu, *busy_span(records)), "errors": dict(errors)}
+        "tokens_per_event": round(tokens / events, 3) if events else None, "errors": dict(errors)}
 
 
 EDGES = [round(0.25 * 1.25**k, 3) for k in range(52)]  # ms, from a quarter of one to 21 s
@@ -114,14 +119,28 @@ def targets(words):
     return wanted
 
 
-def goodput(records, wanted, seconds):
-    """Requests a second that met every target; wanted: {"ttft", "tpot" or "e2e": ms}."""
+def goodput(records, wanted, first, last):
+    """Requests a second that met every target, of those that ended between two times.
+
+    wanted: {"ttft", "tpot" or "e2e": ms}.
+    """
     def met(record):
         times = {name: getattr(record, name) for name in wanted}
         return all(times[name] is None or 1e3 * times[name] <= limit
                    for name, limit in wanted.items())
 
-    return round(sum(met(r) for r in records if r.error is None) / seconds, 3)
+    good = sum(met(r) for r in records if not r.error and first <= r.token_times[-1] <= last)
+    return round(good / (last - first), 3)
+
+
+def mean_in_flight(records, first, last):
+    """Requests in flight on average between two times, by the client's log.
+
+    Little's law as it holds for any stretch of time, a queue that still grows included: arrivals a
+    second × their mean time in the system, both inside the stretch. Failures have no end here.
+    """
+    inside = [min(r.token_times[-1], last) - max(r.start, first) for r in records if not r.error]
+    return round(sum(max(0, seconds) for seconds in inside) / (last - first), 2)
 
 
 def busy_span(records):
@@ -140,8 +159,29 @@ def cpu_share(samples, first, last):
     return round(100 * (cpu1 - cpu0) / (t1 - t0), 1)
 
 
+def cpu_curve(samples, first, last):
+    """[[seconds since first, % of one core], ...] of the samples between two times."""
+    inside = [s for s in samples if first <= s[0] <= last]
+    return [[t1 - first, 100 * (cpu1 - cpu0) / (t1 - t0)]
+            for (t0, cpu0), (t1, cpu1) in zip(inside, inside[1:])]
+
+
+def window_files(jsonl):
+    """Where each of Locust's workers wrote down when its users were all in flight: list[Path]."""
+    return sorted(jsonl.parent.glob(f"{jsonl.name}.window*"))
+
+
+def read_window(jsonl):
+    """(first, last): the time when all users of all workers were in flight."""
+    windows = [json.loads(path.read_text())["window"] for path in window_files(jsonl)]
+    return max(first for first, _ in windows), min(last for _, last in windows)
+
+
 def follow(process, jsonl, progress, timeout_s):
-    """Count lines until Locust ends; returns its [(perf_counter, CPU seconds so far)]."""
+    """Count lines until Locust ends; returns [(perf_counter, CPU seconds so far)].
+
+    Of several processes it is their mean, without the master, which only adds up.
+    """
     samples, begin, watched = [], time.perf_counter(), psutil.Process(process.pid)
     try:
         while process.poll() is None:
@@ -150,8 +190,8 @@ def follow(process, jsonl, progress, timeout_s):
             if now - begin > timeout_s:
                 raise LoadFailed(f"The load did not end within {timeout_s:.0f} s.")
             try:
-                times = watched.cpu_times()
-                samples.append((now, times.user + times.system))
+                times = [p.cpu_times() for p in watched.children(recursive=True) or [watched]]
+                samples.append((now, sum(t.user + t.system for t in times) / len(times)))
             except psutil.Error:  # it ended between the poll and here
                 pass
             time.sleep(0.25)
@@ -214,6 +254,7 @@ def add_load_options(parser):
     add("--rate", type=float, default=0, help="open loop: requests a second (0: closed loop)")
     add("--goodput", nargs="*", default=(), dest="goodput_targets", metavar="NAME:MS",
         help="count requests/s that met them: ttft:500 tpot:100")
+    add("--processes", type=int, default=1, help="of Locust, for more load than one can make (1)")
     add("--min-requests", type=int, default=100, help="with --steady-seconds: at least (100)")
     add("--timeout", type=float, default=3600, help="seconds that one run may take (3600)")
     add("--api-key", default=os.environ.get("CBSERVER_API_KEY"),
@@ -250,6 +291,9 @@ def parse(arguments):
     parser.add_argument("--model", help="model name to ask for; default: the first listed")
     parser.add_argument("--steady-seconds", type=float, default=0,
                         help="for fast devices: no list, but so long with all users in flight")
+    parser.add_argument("--chat", action="store_true", help="ask /v1/chat/completions")
+    parser.add_argument("--body", type=json.loads, metavar="JSON", help="fields for every request's"
+                        """ body; null takes one of ours out: '{"ignore_eos": null}'""")
     add_load_options(parser)
     return parser.parse_args(arguments)
 

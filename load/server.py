@@ -1,4 +1,5 @@
 """Ask a server whether it is there and which model it has; start one for a test, and stop it."""
+import contextlib
 import json
 import os
 import socket
@@ -8,6 +9,8 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,12 +82,15 @@ def spawn(command, log, **env):
 
 
 def stop(process, grace=20):
-    """End one process that we started: ask, wait at most `grace` seconds, then kill."""
+    """End one process that we started: ask, wait at most `grace` seconds, then kill it and its."""
     if process.poll() is None:
         process.terminate()
         try:
             process.wait(grace)
         except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
             process.kill()
     process.wait()
 

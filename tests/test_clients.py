@@ -247,7 +247,7 @@ class Process:
 
 
 def test_sigterm_drains_new_requests_are_refused_and_the_exit_code_is_0():
-    with Process() as server:
+    with Process("--drain-timeout", "600") as server:
         with server.stream() as response:
             lines = response.iter_lines()
             next(lines)

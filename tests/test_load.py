@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -16,19 +17,23 @@ import pytest
 
 from cbserver.metrics import RequestRecord, summarize
 from load import compare, report
-from load.run import goodput, run_load, targets
+from load.run import goodput, mean_in_flight, run_load, targets
 from load.server import LoadFailed, free_port, python_module
 from load.workload import LENGTHS, arrivals, workload
 
-TTFT, GAP = 0.2, 0.02  # seconds, planted
+TTFT, GAP, STALL = 0.2, 0.02, 0.6  # seconds, planted
 
 
 class FakeServer(BaseHTTPRequestHandler):
-    """Streams words after a known delay; `failures` says which requests (by order) go wrong."""
+    """Streams words after a known delay; `failures` says which requests (by order) go wrong.
+
+    pack: tokens in an event. log: {prompt: [request read, event sent, event sent, ...]}, seconds of
+    the clock that the client has too. bodies: what was asked.
+    """
 
     protocol_version = "HTTP/1.1"
     failures, usage, order, lock = {}, True, iter(range(10**9)), threading.Lock()
-    connections = set()
+    connections, pack, log, bodies = set(), 1, {}, []
 
     def do_GET(self):
         known = {"/health": {}, "/v1/models": {"data": [{"id": "fake"}]}}
@@ -37,6 +42,10 @@ class FakeServer(BaseHTTPRequestHandler):
     def do_POST(self):
         self.connections.add(self.client_address)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.times, self.chat = [time.perf_counter()], "messages" in body
+        prompt = body["messages"][0]["content"] if self.chat else body["prompt"]
+        self.log[str(prompt)] = self.times
+        self.bodies.append((self.path, body))
         with self.lock:
             failure = self.failures.get(next(self.order))
         if failure == "full":
@@ -46,20 +55,26 @@ class FakeServer(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.stream(body, failure)
+        self.stream(body["max_tokens"], len(str(prompt).split()), failure)
 
-    def stream(self, body, failure):
-        wanted, said = body["max_tokens"], len(body["prompt"].split())
-        for i in range(wanted):
+    def stream(self, wanted, said, failure):
+        if self.chat:
+            self.event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        for i in range(0, wanted, self.pack):
             time.sleep(GAP if i else TTFT)
+            if (failure, i) in (("slow", 0), ("stall", 8)):
+                time.sleep(STALL)
             if failure == "error" and i == 2:
                 self.event({"error": {"message": "the engine died"}})
                 break
             if failure == "cut" and i == 3:
                 self.close_connection = True
                 return self.connection.shutdown(socket.SHUT_RDWR)
-            # An empty text is a token all the same.
-            self.event({"choices": [{"text": f"{said} " if i else "", "finish_reason": None}]})
+            self.times.append(time.perf_counter())
+            # An empty text is a token all the same; in a chat it may be no more than the role.
+            text = f"{said} " * self.pack if i or self.chat else ""
+            self.event({"choices": [{"delta": {"content": text}} if self.chat else
+                                    {"text": text, "finish_reason": None}]})
         else:
             usage = {"prompt_tokens": said, "completion_tokens": wanted, "total_tokens": 0}
             if self.usage:
@@ -171,6 +186,70 @@ def test_every_request_is_counted_and_its_times_are_the_planted_ones(serve, tmp_
     assert "TTFT" in page and "TPOT" in page and "/v1/completions" in page
 
 
+def test_measured_times_are_the_servers_own_within_5_ms_or_2_percent(serve, tmp_path):
+    log = {}
+    result = run_load(serve(log=log), tmp_path, users=8, spawn_rate=50, workload="short",
+                      requests=24)
+    pairs = [(record, log[request.prompt]) for record, request in
+             zip(sorted(result["records"], key=lambda r: r.index), workload("short", 24))]
+    for name, theirs in (("ttft", lambda t: t[1] - t[0]), ("e2e", lambda t: t[-1] - t[0]),
+                         ("tpot", lambda t: (t[-1] - t[1]) / 15)):
+        measured, true = zip(*[(getattr(record, name), theirs(times)) for record, times in pairs])
+        off = statistics.median(a - b for a, b in zip(measured, true))
+        assert abs(off) <= max(0.005, 0.02 * statistics.median(true)), f"{name} is off by {off} s"
+    gaps = [b - a for _, times in pairs for a, b in zip(times[1:], times[2:])]
+    summary = result["summary"]
+    assert summary["itl_ms"]["p50"] == pytest.approx(1e3 * statistics.median(gaps), abs=5)
+    seconds = max(times[-1] for _, times in pairs) - min(times[0] for _, times in pairs)
+    assert summary["tokens_per_s"] == pytest.approx(24 * 16 / seconds, rel=0.02)
+
+
+def test_a_slow_start_is_in_ttft_and_a_stall_in_the_gaps(serve, tmp_path):
+    url = serve(failures={3: "slow", 5: "stall"})
+    records = run_load(url, tmp_path, users=2, spawn_rate=50, workload="short",
+                       requests=8)["records"]
+    late = [r for r in records if r.ttft > TTFT + STALL]
+    stalled = [r for r in records if max(r.itl) > STALL]
+    assert len(late) == len(stalled) == 1 and late != stalled
+    assert sum(gap > STALL for r in records for gap in r.itl) == 1
+    assert all(r.e2e > TTFT + STALL + 15 * GAP for r in late + stalled)
+
+
+def test_several_tokens_in_an_event_are_counted_as_tokens(serve, tmp_path):
+    result = run_load(serve(pack=4), tmp_path, users=4, spawn_rate=50, workload="short", requests=8)
+    summary = result["summary"]
+    assert summary["completion_tokens"] == 8 * 16 and summary["tokens_per_event"] == 4
+    assert all(len(r.itl) == 3 for r in result["records"])
+    for r in result["records"]:
+        assert r.tpot == pytest.approx((r.e2e - r.ttft) / 15)
+    arm = {"client_cpu": 5, "tokens_per_event": summary["tokens_per_event"], "requests": 8}
+    assert "ITL is the gap between events" in report.notes({"arms": {"continuous": arm}})
+
+
+def test_several_processes_share_one_list_and_a_steady_time(serve, tmp_path):
+    result = run_load(serve(), tmp_path, users=5, spawn_rate=50, workload="short", requests=11,
+                      processes=2)
+    assert sorted(r.index for r in result["records"]) == list(range(11))
+    assert result["summary"]["failures"] == 0 and result["html"].exists()
+    result = run_load(serve(), tmp_path, users=4, spawn_rate=50, workload="short", processes=2,
+                      steady_seconds=1, min_requests=6)
+    indices = [r.index for r in result["records"]]
+    assert len(set(indices)) == len(indices) >= 6 and {i % 2 for i in indices} == {0, 1}
+    assert 0.9 <= result["summary"]["window_s"] < 4
+
+
+def test_chats_are_asked_as_chats_and_a_role_is_no_token(serve, tmp_path):
+    bodies = []
+    result = run_load(serve(bodies=bodies), tmp_path, users=2, spawn_rate=50, workload="short",
+                      requests=4, chat=True, body={"ignore_eos": None, "top_p": 1})
+    for path, body in bodies:
+        assert path == "/v1/chat/completions" and body["messages"][0]["role"] == "user"
+        assert body["top_p"] == 1 and "ignore_eos" not in body and "prompt" not in body
+    assert len(bodies) == 4 and result["summary"]["completion_tokens"] == 4 * 16
+    for record in result["records"]:
+        assert len(record.token_times) == 16 and record.ttft >= TTFT
+
+
 def test_a_user_keeps_its_connection_from_one_request_to_the_next(serve, tmp_path):
     connections = set()
     url = serve(connections=connections)
@@ -237,7 +316,7 @@ def test_compare_runs_every_arm_and_leaves_report_and_plots(tmp_path):
 
 
 def test_the_cross_checks_flag_numbers_that_cannot_be(tmp_path):
-    run = {"requests": 100, "wall_s": 50, "e2e_ms": {"mean": 2000}, "in_flight": 4.1,
+    run = {"client_in_flight": 4.0, "in_flight": 4.1,
            "tokens_per_s": 90}
     result = {"arms": {"continuous": {"repeats": [run]}, "one-slot": {"repeats": [run]}},
               "roofline": {"slots": 16, "bandwidth_gb_s": 20, "weights_gb": 0.5}}
@@ -298,13 +377,22 @@ def test_goodput_counts_the_requests_that_met_every_target():
     alone = RequestRecord(start=0.0, token_times=[0.1], completion_tokens=1)  # has no TPOT to miss
     failed = RequestRecord(start=0.0, error="HTTP 429")
     records = [fast, late, slow, alone, failed]
-    assert goodput(records, {"ttft": 500, "tpot": 100}, seconds=2) == 1.0
-    assert goodput(records, {"ttft": 500}, seconds=2) == 1.5
-    assert goodput(records, {"e2e": 600}, seconds=2) == 1.0
+    assert goodput(records, {"ttft": 500, "tpot": 100}, 0, 2.5) == 0.8
+    assert goodput(records, {"ttft": 500}, 0, 2.5) == 1.2
+    assert goodput(records, {"e2e": 600}, 0, 2.5) == 0.8
+    assert goodput(records, {"ttft": 500}, 0, 2) == 1.0, "slow ended later than that"
     assert targets(["ttft:500", "tpot:100.5"]) == {"ttft": 500, "tpot": 100.5}
     for wrong in ("ttft", "ttft:x", "speed:5", "ttft:-1"):
         with pytest.raises(LoadFailed, match="ttft:500"):
             targets([wrong])
+
+
+def test_littles_law_holds_for_a_stretch_of_a_log():
+    records = [RequestRecord(start=0.0, token_times=[1.0, 4.0]),  # inside 1..3: 2 s
+               RequestRecord(start=2.0, token_times=[2.5]),  # 0.5 s
+               RequestRecord(start=2.5, token_times=[9.0]),  # 0.5 s
+               RequestRecord(start=5.0, token_times=[6.0]), RequestRecord(start=1.0, error="x")]
+    assert mean_in_flight(records, 1.0, 3.0) == 1.5
 
 
 def test_a_hand_made_log_gives_hand_computed_numbers():
