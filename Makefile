@@ -17,7 +17,8 @@ demo: $(VENV)/.course  ## three engines, 50 users, one table (about 10 minutes o
 
 compare: $(VENV)/.course  ## the full comparison: four arms, three repeats, a sweep over users
 	$(PY) -m load.compare --arms sequential,static,one-slot,continuous --repeats 3 \
-		--sweep 1,2,4,8,16,32,50 --out figures/latest $(if $(MODEL),--model $(MODEL))
+		--sweep 1,2,4,8,16,32,50 --goodput ttft:2000 tpot:200 --out figures/latest \
+		$(if $(MODEL),--model $(MODEL))
 
 bench: $(VENV)/.course  ## the engines without HTTP: an ablation ladder (half an hour on 2 cores)
 	$(PY) -m load.offline --with-vllm --stall --out figures/latest/offline.json \

@@ -77,9 +77,11 @@ def sweep(options):
             numbers = run_load(
                 server.url, options.out, users, max(users, 5), options.workload, 0, options.seed,
                 model, options.api_key, options.sweep_seconds, users, options.timeout,
-                f"sweep-{users}", processes=min(users, options.processes))["summary"]
+                f"sweep-{users}", goodput_targets=options.goodput_targets,
+                processes=min(users, options.processes))["summary"]
             levels.append({"users": users} | {key: numbers[key] for key in (
-                "requests", "failures", "tokens_per_s", "ttft_ms", "itl_ms", "e2e_ms")})
+                "requests", "failures", "tokens_per_s", "requests_per_s", "ttft_ms", "itl_ms",
+                "tpot_ms", "e2e_ms", "goodput") if key in numbers})
             print(f"{users} users: {numbers['tokens_per_s']} tokens/s, TTFT p50 "
                   f"{numbers['ttft_ms']['p50']} ms", flush=True)
     return levels

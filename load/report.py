@@ -85,24 +85,35 @@ def utilization_figure(result):
 
 
 def concurrency_figure(result):
-    """Throughput and TTFT against users, with the knee; without a sweep: how to get one."""
+    """Throughput, TTFT and goodput against users, with the knee; without data: how to get it."""
     levels = result.get("sweep") or []
+    good = [level["goodput"] for level in levels if "goodput" in level]
     with plt.rc_context(STYLE):
-        figure, pair = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
         users = [level["users"] for level in levels]
-        for axes, label, values in (
-                (pair[0], "tokens/s", [level["tokens_per_s"] for level in levels]),
-                (pair[1], "TTFT p50, seconds", [(level["ttft_ms"]["p50"] or 0) / 1e3
-                                                for level in levels])):
-            axes.plot(users, values, "o-", color=COLORS["continuous"])
-            axes.set(xlabel="users at once", ylabel=label, xlim=(0, None), ylim=(0, None))
+        for axes, label, values in zip(panels, ("tokens/s", "TTFT p50, seconds", "requests/s"), (
+                [level["tokens_per_s"] for level in levels],
+                [(level["ttft_ms"]["p50"] or 0) / 1e3 for level in levels],
+                [level["requests_per_s"] for level in levels] if good else [])):
+            axes.plot(users[:len(values)], values, "o-", color=COLORS["continuous"], label="all")
+            axes.set(xlabel="users at once", ylabel=label, xlim=(0, None))
             if levels:
                 axes.axvline(knee(levels), color="#555555", ls="--", lw=1)
-        if levels:
-            pair[0].annotate(f" the knee: {knee(levels)} users", (knee(levels), 0), (4, 6),
-                             textcoords="offset points", fontsize=9, color="#555555")
+        if good:
+            met = ", ".join(f"{name.upper()} ≤ {limit:g} ms"
+                            for name, limit in good[0]["targets_ms"].items())
+            panels[2].plot(users, [g["requests_per_s"] for g in good], "s--", color="#D55E00",
+                           label=f"goodput: {met}")
+            panels[2].legend(fontsize=8)
         else:
-            missing(pair, "--sweep 1,2,4,8,16,32,50")
+            missing(panels[2:], "--goodput ttft:500 tpot:100\n--sweep 1,2,4,8,16,32,50")
+        for axes in panels:
+            axes.set_ylim(0, None)
+        if levels:
+            panels[0].annotate(f" the knee: {knee(levels)} users", (knee(levels), 0), (4, 6),
+                               textcoords="offset points", fontsize=9, color="#555555")
+        else:
+            missing(panels[:2], "--sweep 1,2,4,8,16,32,50")
         return titled(figure, "More users: more tokens, until the slots are full", result)
 
 
@@ -115,7 +126,7 @@ def knee(levels):
 def missing(panels, option):
     """A panel without data names what makes it."""
     for axes in panels:
-        axes.text(0.5, 0.5, f"no data yet:\npython -m load.compare {option}", fontsize=9,
+        axes.text(0.5, 0.5, f"no data yet:\npython -m load.compare\n{option}", fontsize=8,
                   ha="center", va="center", transform=axes.transAxes, color="#555555")
 
 
