@@ -1,4 +1,5 @@
-"""What every lesson needs and none teaches: set-up, a server thread, a streaming client, a plot."""
+"""What every lesson needs and none teaches: set-up, a server, a streaming client, a plot, a map."""
+import gc
 import importlib.util
 import json
 import os
@@ -11,15 +12,22 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import live
+
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = os.environ.get("CB_SMOKE") == "1"  # tests run the lessons on a tiny random model
+LESSONS = ["one stream", "a queue", "one pass\nfor many", "continuous\nbatching", "load test",
+           "serve and\nbenchmark"]
+recorder = live.Recorder()
+export_module, restore = recorder.export_module, recorder.restore
 
 
-def setup():
-    """Make the course importable, install what is missing, say what is here.
+def setup(number=None):
+    """Make the course importable, install what is missing, say what is here, show the way.
 
     What is installed stays: Colab's own torch, transformers and numpy above all.
     """
+    note_exports()
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     install_missing()
@@ -42,6 +50,44 @@ def setup():
               "then run this cell again.")
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, "
           f"transformers {transformers.__version__}, on {where}")
+    if number:
+        road_map(number)
+
+
+def note_exports():
+    """Note `#| export` cells as they run, for export_module(); outside of IPython there are none."""
+    if (shell := sys.modules.get("IPython")) and (shell := shell.get_ipython()):
+        if recorder.note not in shell.events.callbacks["post_run_cell"]:
+            shell.events.register("post_run_cell", recorder.note)
+
+
+def road_map(number):
+    """The six lessons as boxes, number `number` lit; 7: the appendix."""
+    import matplotlib.pyplot as plt
+
+    names = LESSONS + (["appendix:\nthe fast step"] if number > len(LESSONS) else [])
+    figure, axes = plt.subplots(figsize=(1.5 * len(names), 0.9), layout="constrained")
+    for x, name in enumerate(names):
+        lit = x + 1 == number
+        axes.text(x, 0, f"{x + 1}\n{name}" if x < len(LESSONS) else name, ha="center", va="center",
+                  fontsize=9, color="white" if lit else "#333333", linespacing=1.3,
+                  bbox={"boxstyle": "round,pad=0.45", "fc": "#0072B2" if lit else "#e8e8e8",
+                        "ec": "none"})
+        if x:
+            axes.annotate("", (x - 0.42, 0), (x - 0.58, 0), arrowprops={"arrowstyle": "->"})
+    axes.set(xlim=(-0.6, len(names) - 0.4), ylim=(-1, 1))
+    axes.axis("off")
+    plt.show()
+    plt.close(figure)
+
+
+def attempt(check, *arguments):
+    """Run an exercise's check: what it prints, or what is still missing; never an error."""
+    try:
+        check(*arguments)
+    except Exception as error:
+        said = str(error) if isinstance(error, AssertionError) else f"{error!r}"
+        print(f"not yet: {said or 'the result is not the expected one'}")
 
 
 def install_missing():
@@ -91,20 +137,46 @@ class Server:
 _running = None
 
 
-def start(app):
-    """Serve `app` and return its URL. One server at a time: the previous one is stopped first."""
+class ServerCommand:
+    """`python -m cbserver` in a process of its own: it runs the modules as they are on disk."""
+
+    def __init__(self, engine, model, options):
+        from load.server import ServerProcess, python_module
+
+        flags = [word for name, value in options.items()
+                 for word in (f"--{name.replace('_', '-')}", str(value))]
+        command = python_module("cbserver", "--engine", engine, *flags)
+        self.log = scratch("server") / "server.log"
+        self.process = ServerProcess([*command, *(["--model", model] if model else [])], self.log)
+        self.process.__enter__()  # on failure: LoadFailed with the last lines of the log
+        self.url = self.process.url
+
+    def stop(self):
+        self.process.__exit__()
+
+
+def start(app=None, engine=None, model=None, **options):
+    """Serve, and return the URL. One server at a time: the previous one is stopped first.
+
+    app: a FastAPI app, in a thread here. Or engine: "continuous", "static" or "sequential", as
+    `python -m cbserver --engine …` in a process of its own; options: its flags, max_batch=8 and so
+    on. Free the notebook's own model first if the GPU cannot hold two.
+    """
     global _running
     stop()
-    _running = Server(app)
+    _running = Server(app) if engine is None else ServerCommand(engine, model, options)
     return _running.url
 
 
 def stop():
-    """Stop the server that `start` started, if there is one."""
+    """Stop the server that `start` started, if there is one; its port and its memory are free."""
     global _running
     if _running is not None:
         _running.stop()
     _running = None
+    gc.collect()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass

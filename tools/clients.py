@@ -42,20 +42,62 @@ def langchain(url, folder):
 
 def guidellm(url, folder):
     """guidellm's benchmark: 8 streams, synthetic prompts, no request may fail."""
+    metrics = run_guidellm(url, folder, REQUESTS, TOKENS)
+    mean = {name: round(metrics[name]["successful"]["mean"], 1) for name in
+            ("output_tokens_per_second", "time_to_first_token_ms", "inter_token_latency_ms")}
+    return {"requests": metrics["request_totals"], **mean}
+
+
+def run_guidellm(url, folder, requests, tokens, path="/v1/chat/completions"):
+    """The metrics of one run: 8 streams, prompts of 32 tokens, answers of exactly `tokens`."""
     out = Path(folder) / "guidellm.json"
-    run([tool("guidellm"), "run", "--backend", f"kind=openai_http,target={url},api_key={KEY}",
+    run([tool("guidellm"), "run", "--backend",
+         f"kind=openai_http,target={url},api_key={KEY},request_format={path}",
          "--profile", "kind=concurrent,streams=8",
-         "--constraint", f"kind=max_requests,count={REQUESTS}",
-         "--data", f"kind=synthetic_text,prompt_tokens=32,output_tokens={TOKENS}",
+         "--constraint", f"kind=max_requests,count={requests}",
+         "--data", f"kind=synthetic_text,prompt_tokens=32,output_tokens={tokens}",
          "--tokenizer", f"kind=huggingface_auto,model={model_folder()}",
          "--output", f"kind=json,path={out}", "--disable-console-interactive"])
     metrics = json.loads(out.read_text())["benchmarks"][0]["metrics"]
     totals = metrics["request_totals"]
-    assert totals["successful"] == REQUESTS and totals["errored"] == 0, totals
-    mean = {name: round(metrics[name]["successful"]["mean"], 1) for name in
-            ("output_tokens_per_second", "time_to_first_token_ms", "inter_token_latency_ms")}
-    assert metrics["output_token_count"]["successful"]["mean"] == TOKENS
-    return {"requests": totals, **mean}
+    assert totals["successful"] == requests and totals["errored"] == 0, totals
+    assert metrics["output_token_count"]["successful"]["mean"] == tokens
+    return metrics
+
+
+def agreement(url, folder):
+    """The same load by guidellm and by load.run, in turn: do their figures agree within 5 %?"""
+    figures = {"guidellm": [], "load.run": []}
+    for who in ("guidellm", "load.run", "load.run", "guidellm"):
+        figures[who].append((by_guidellm if who == "guidellm" else by_load_run)(url, folder))
+    both = {who: {name: round(sum(run[name] for run in runs) / len(runs), 2) for name in runs[0]}
+            for who, runs in figures.items()}
+    ours, theirs = both["load.run"], both["guidellm"]
+    off = {name: round(100 * (ours[name] / theirs[name] - 1), 1) for name in theirs}
+    return {"load": "8 users, 96 requests, 32 tokens in and 64 out, in turn, mean of 2 runs each",
+            "runs": figures, **both, "load.run against guidellm, %": off,
+            "above 5 %": [name for name, percent in off.items() if abs(percent) > 5]}
+
+
+def by_guidellm(url, folder):
+    """Its medians under our names: what it calls inter-token latency is one value a request."""
+    m = {name: part["successful"] for name, part in
+         run_guidellm(url, folder, 96, 64, "/v1/completions").items() if "successful" in part}
+    return {"ttft_ms": m["time_to_first_token_ms"]["median"],
+            "tpot_ms": m["inter_token_latency_ms"]["median"],
+            "e2e_ms": 1e3 * m["request_latency"]["median"],
+            "tokens_per_s": m["output_tokens_per_second"]["mean"]}
+
+
+def by_load_run(url, folder):
+    command = [sys.argv[1], "-m", "load.run", "--host", url, "--users", "8", "--spawn-rate", "100",
+               "--workload", "fixed:32x64", "--requests", "96", "--out", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"CBSERVER_API_KEY": KEY})
+    assert done.returncode == 0, done.stderr
+    summary, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{"):])
+    return {name: summary[name]["p50"] for name in ("ttft_ms", "tpot_ms", "e2e_ms")} | {
+        "tokens_per_s": summary["tokens_per_s"]}
 
 
 def vllm(url, folder):
@@ -98,7 +140,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder, ServerProcess(
             [sys.argv[1], "-m", "cbserver", "--model", "smollm2", "--max-len", "1024",
              "--api-key", KEY], f"{folder}/server.log") as server:
-        for client in (langchain, guidellm, vllm):
+        for client in (langchain, guidellm, agreement, vllm):
             name = client.__name__
             if name == "vllm" and not tool("vllm"):
                 print("vllm: not installed, so its load generator was not run", flush=True)

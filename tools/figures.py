@@ -16,18 +16,30 @@ from load.offline import table  # noqa: E402
 DATA = ROOT / "figures" / "data"
 
 
-def numbers(result):
-    """The README's paragraph and table for one comparison."""
+def numbers():
+    """The README's part on load.compare: a table, the ratios and the setting for each device."""
+    results = [json.loads(path.read_text()) for device in ("cpu", "h100")
+               if (path := DATA / f"compare-{device}.json").exists()]
+    return "\n\n".join(map(comparison, results))
+
+
+def comparison(result):
+    """Table, ratios, setting, spread, knee and cross-checks of one comparison."""
     load = result["workload"]
     spread = "; ".join(f"{name} {min(speeds):.1f}–{max(speeds):.1f}"
                        for name, arm in report.arms_of(result)
                        if (speeds := [run["tokens_per_s"] for run in arm["repeats"]]))
     ratios = ", ".join(report.ratios(result).splitlines())
-    return "\n".join([
-        report.table(result), "",
-        f"{ratios}. {report.setting(result)}, {load['requests']} requests, median of "
-        f"{load['repeats']} runs (tokens/s: {spread}), `{result['command']}`, raw data in "
-        f"`figures/data/`. Greedy: {'; '.join(report.notes(result).splitlines())}."])
+    held = report.checks(result)
+    lines = [f"{ratios}. {report.setting(result)}, {load['protocol']}, median of "
+             f"{load['repeats']} runs (tokens/s: {spread}), `{result['command']}`, raw data in "
+             f"`figures/data/`. Greedy: {'; '.join(report.notes(result).splitlines())}."]
+    if held:
+        lines.append(f"Cross-checks (Little's law, roofline): {sum(ok for _, ok in held)} of "
+                     f"{len(held)} hold.")
+    if result.get("sweep"):
+        lines.append(f"The knee of continuous batching is at {report.knee(result['sweep'])} users.")
+    return "\n".join([report.table(result), "", " ".join(lines)])
 
 
 def ladder_text():
@@ -131,8 +143,7 @@ def main():
             ROOT / "figures" / "soak-cpu.png")
         print("figures/soak-cpu.png")
     readme = ROOT / "README.md"
-    result = json.loads((DATA / "compare-cpu.json").read_text())
-    text = write_readme(numbers(result), readme.read_text())
+    text = write_readme(numbers(), readme.read_text())
     text = write_readme(http_text(), text, "http")
     readme.write_text(write_readme(ladder_text(), text, "ladder"))
     print("README.md")

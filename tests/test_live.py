@@ -1,0 +1,157 @@
+"""A learner's live edits: what the hook notes and writes is what nbdev would, or it is refused."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import live
+import pytest
+from conftest import ROOT
+from test_export import LESSONS, cells
+
+
+def ran(source, success=True):
+    """What IPython hands to a post_run_cell hook."""
+    return SimpleNamespace(info=SimpleNamespace(raw_cell=source), success=success)
+
+
+@pytest.fixture
+def course(tmp_path):
+    for name in ("notebooks", "cbserver", "load"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def lesson(course, number):
+    return next(p for p in (course / "notebooks").glob("*.ipynb") if p.name[:2] == number)
+
+
+def recorder(course, path, edit=lambda source: source):
+    """A recorder that has seen every cell of a lesson run, edited by `edit`."""
+    seen = live.Recorder(course / "cbserver")
+    for cell in cells(path, "code"):
+        seen.note(ran(edit("".join(cell["source"]))))
+    return seen
+
+
+def module(course, seen):
+    return (course / "cbserver" / f"{seen.module}.py").read_text()
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_without_an_edit_the_hook_writes_what_nbdev_wrote(course, path, capsys):
+    seen = recorder(course, path)
+    before = module(course, seen)
+    assert live.merge(before, seen.cells) == before
+    seen.export_module()
+    assert "nothing to write" in capsys.readouterr().out and module(course, seen) == before
+
+
+@pytest.mark.parametrize("number, old, new", [
+    ("05", "return sorted(values)[max(0", "return 0 * sorted(values)[max(0"),
+    ("05", 'LATENCIES = ("ttft"', 'NEW = 5\nLATENCIES = ("ttft"'),
+    ("05", "def percentile(", "def worst(values):\n    return max(values)\n\n\ndef percentile("),
+    ("04", "return True", "return len(self.running) < 3"),
+    ("02", "from collections import", "import json\nfrom collections import")])
+def test_an_edit_gives_what_nbdev_makes_of_the_edited_notebook(course, number, old, new):
+    path = lesson(course, number)
+    seen = recorder(course, path, lambda source: source.replace(old, new))
+    seen.export_module()
+    mine = module(course, seen)
+    assert new.split("\n")[0] in mine
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if source.startswith("#| export"):
+            cell["source"] = source.replace(old, new)
+    path.write_text(json.dumps(notebook))
+    (course / "cbserver" / f"{seen.module}.py").unlink()
+    export = f"from nbdev.export import nb_export; nb_export({str(path)!r}, lib_path='cbserver')"
+    subprocess.run([sys.executable, "-c", export], cwd=course, check=True)
+    assert mine == module(course, seen)
+
+
+def test_a_cell_that_ran_twice_counts_as_it_ran_last_and_a_failure_not_at_all(course, capsys):
+    seen = recorder(course, lesson(course, "04"))
+    source = "#| export\nclass ContinuousEngine(StaticEngine):\n    may_change = {}\n"
+    seen.note(ran(source.format("first")))
+    seen.note(ran(source.format("second")))
+    seen.note(ran(source.format("third"), success=False))
+    assert "this cell failed" in capsys.readouterr().out
+    text = live.merge(module(course, seen), seen.cells)
+    assert "may_change = second" in text and "first" not in text and "third" not in text
+
+
+@pytest.mark.parametrize("edit, reason", [
+    (lambda source: source.replace("class ContinuousEngine", "class Mine"), "lack ContinuousEngine"),
+    (lambda source: source.replace("return True", "return True\n\n\nnot_there.at_all"),
+     "name 'not_there' is not defined"),
+    (lambda source: source.replace("return True", "return True\n\n\n%timeit 1"), "no Python")])
+def test_a_module_that_would_not_work_is_refused_with_the_reason(course, edit, reason):
+    seen = recorder(course, lesson(course, "04"),
+                    lambda source: edit(source) if source.startswith("#| export\nclass") else source)
+    before = module(course, seen)
+    with pytest.raises(live.ExportRefused, match=reason):
+        seen.export_module()
+    assert module(course, seen) == before
+
+
+def test_one_line_restores_the_courses_version(course):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "course"]):
+        subprocess.run([*git, *command], cwd=course, check=True)
+    seen = recorder(course, lesson(course, "04"),
+                    lambda source: source.replace("return True", "return False"))
+    before = module(course, seen)
+    seen.export_module()
+    assert "return False" in module(course, seen)
+    seen.restore()
+    assert module(course, seen) == before
+
+
+LEARNER = """
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+def cell(source):
+    result = shell.run_cell(source)
+    result.raise_error()
+    return result.result
+cell("import lesson; lesson.note_exports()")
+cell("#| default_exp scheduler")
+cell("#| export\\nfrom cbserver.batch import StaticEngine")
+cell('''#| export
+class ContinuousEngine(StaticEngine):
+    def submit(self, *request):
+        from cbserver.baseline import QueueFull
+        raise QueueFull("closed by a learner")
+''')
+cell("lesson.export_module()")
+url = cell("lesson.start(engine='continuous', model='random:tiny', max_batch=2)")
+from load.server import http
+print(http(f"{url}/v1/completions", {"prompt": "a"}))
+cell("lesson.stop()")
+import socket
+with socket.socket() as free:
+    free.bind(("127.0.0.1", int(url.rsplit(":")[-1])))
+print("port free")
+"""
+
+
+def test_an_edit_in_a_notebook_reaches_a_running_server(course):
+    done = subprocess.run([sys.executable, "-c", LEARNER], cwd=course / "notebooks", text=True,
+                          capture_output=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(course)})
+    assert "(429, " in done.stdout, done.stdout + done.stderr
+    assert "closed by a learner" in done.stdout and "port free" in done.stdout
+
+
+def test_a_server_that_cannot_start_shows_its_log(course):
+    code = "import lesson; lesson.start(engine='continuous', model='random:none')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=course / "notebooks", text=True,
+                          capture_output=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(course)})
+    assert done.returncode and "No shape 'random:none'" in done.stderr
