@@ -55,7 +55,7 @@ def setup(number=None):
 
 
 def note_exports():
-    """Note `#| export` cells as they run, for export_module(); outside of IPython there are none."""
+    """Note `#| export` cells as they run, for export_module(); only IPython has cells."""
     if (shell := sys.modules.get("IPython")) and (shell := shell.get_ipython()):
         if recorder.note not in shell.events.callbacks["post_run_cell"]:
             shell.events.register("post_run_cell", recorder.note)

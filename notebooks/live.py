@@ -1,8 +1,8 @@
 """A learner's edits become the module that the server runs.
 
 On Colab the open notebook is no file, so nothing on disk has the edits. A hook notes every
-`#| export` cell that ran without an error; `export_module` puts these cells into the module in place
-of the ones they replace, the way nbdev would lay them out.
+`#| export` cell that ran without an error; `export_module` puts these cells into the module, in
+place of the ones they replace, the way nbdev would lay them out.
 """
 import ast
 import re
@@ -42,7 +42,7 @@ class Recorder:
             print("Not noted for export_module(): this cell failed, the version before it counts.")
 
     def export_module(self):
-        """Write the module with the cells as they last ran. Raises ExportRefused, writes nothing."""
+        """Write the module with the cells as they last ran; ExportRefused: nothing is written."""
         if self.module is None:
             raise ExportRefused("Run the cell with `#| default_exp` first: it names the module.")
         path = self.package / f"{self.module}.py"
@@ -138,8 +138,8 @@ def exports(module):
 def check(package, name, before, after):
     """Would the server still run? Raises ExportRefused with the reason."""
     if missing := sorted(exports(before) - exports(after)):
-        raise ExportRefused(f"cbserver/{name}.py would lack {', '.join(missing)}, which others use. "
-                            "Did a cell lose or rename it? Nothing was written.")
+        raise ExportRefused(f"cbserver/{name}.py would lack {', '.join(missing)}, which others "
+                            "use. Did a cell lose or rename it? Nothing was written.")
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(package, Path(folder) / "cbserver",
                         ignore=shutil.ignore_patterns("__pycache__"))
