@@ -8,7 +8,6 @@ import datetime
 import json
 import math
 import os
-import re
 import shlex
 import statistics
 import sys
@@ -22,7 +21,7 @@ from load import report
 from load.offline import run_child
 from load.results import first_gpu, hardware, order, versions, write_json
 from load.run import add_load_options, cpu_curve, cpu_share, exit_with, read_records, run_load
-from load.server import LoadFailed, ServerProcess, first_model, http, python_module, warm_up
+from load.server import LoadFailed, ServerProcess, first_model, gauges, python_module, warm_up
 
 ARMS = {
     "sequential": ["--engine", "sequential"],
@@ -168,8 +167,8 @@ class Utilization:
 
                     rates = pynvml.nvmlDeviceGetUtilizationRates(self.gpu)
                     self.gpu_use.append((now, rates.gpu))
-                if (requests := gauge(self.url, self.api_key)) is not None:
-                    self.in_flight.append((now, requests))
+                if requests := gauges(self.url, self.api_key):
+                    self.in_flight.append((now, sum(requests.values())))
 
     def between(self, first, last):
         """How busy the device was between two times.
@@ -190,15 +189,6 @@ class Utilization:
         """Requests that the server had, on average between two times; None if it did not tell."""
         inside = [requests for t, requests in self.in_flight if first <= t <= last]
         return round(statistics.fmean(inside), 2) if inside else None
-
-
-def gauge(url, api_key):
-    """Requests waiting and running at this moment, by the server's own count; None: no count."""
-    with contextlib.suppress(OSError, ValueError):
-        status, text = http(f"{url}/metrics", api_key=api_key)
-        values = [float(line.split()[-1]) for line in text.splitlines()
-                  if re.match(r"(vllm:)?num_requests_(running|waiting)[ {]", line)]
-        return sum(values) if status == 200 and values else None
 
 
 def thin(samples):

@@ -26,7 +26,7 @@ import psutil
 
 from load.results import first_gpu, hardware, order, versions, write_json
 from load.server import ROOT, LoadFailed, ServerProcess, python_module
-from load.workload import token_workload
+from load.workload import token_workload, vocabulary
 
 # The ladder, a rung a row. An arm runs the first `requests` of the list: the slow ones fewer.
 GPU_ARMS = {"generate": 16, "static": 64, "continuous": 64, "continuous+graphs": 256,
@@ -543,7 +543,7 @@ def fill_in(options, parser):
     options.slots = [int(n) for n in (options.slots or ("16,64" if gpu else "16")).split(",")]
     options.longest = options.longest or (256 if gpu else 128)
     options.max_len = 4608 if options.workload == "chat" else 2 * options.longest
-    options.vocab = {"random:tiny": 511, "smollm2": 49_000}.get(options.model, 128_000)
+    options.vocab = vocabulary(options.model)
     every = GPU_ARMS if gpu else CPU_ARMS
     options.arms = options.arms.split(",") if options.arms else [a for a in every if a != "vllm"]
     if unknown := [arm for arm in options.arms if arm not in every]:

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -50,6 +51,19 @@ def first_model(host, api_key=None):
         return json.loads(text)["data"][0]["id"] if status == 200 else "default"
     except (OSError, ValueError, LookupError, TypeError):
         return "default"
+
+
+def gauges(host, api_key=None):
+    """{"running": …, "waiting": …}: requests at this moment, by the server's own count.
+
+    Empty if it does not tell; vLLM's names are known too.
+    """
+    try:
+        status, text = http(f"{host}/metrics", api_key=api_key)
+    except (OSError, ValueError):
+        return {}
+    found = re.findall(r"^(?:vllm:)?num_requests_(running|waiting)(?:\{.*\})? (\S+)", text, re.M)
+    return {name: float(value) for name, value in found} if status == 200 else {}
 
 
 def warm_up(host, model, api_key=None, timeout=300):

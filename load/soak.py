@@ -17,19 +17,18 @@ import psutil
 
 from cbserver.metrics import percentile
 from load.results import hardware, versions, write_json
-from load.server import LoadFailed, ServerProcess, http, python_module
+from load.server import LoadFailed, ServerProcess, gauges, python_module
 from load.users import Outcome, connect
-from load.workload import token_workload
+from load.workload import token_workload, vocabulary
 
 PATIENCE = 300  # seconds for a request
 LEAVES = 5  # every fifth user's request is cut off by the client after a few tokens
-VOCABULARY = {"random:tiny": 511, "smollm2": 49_000}
 
 
 async def soak(url, options, watch):
     """Users without pause until the time is over; `watch(outcomes)` once an interval."""
     requests = itertools.cycle(token_workload("uniform", 512, options.seed, options.longest,
-                                              VOCABULARY.get(options.model, 128_000)))
+                                              vocabulary(options.model)))
     end, done, counter = time.monotonic() + 60 * options.minutes, [], itertools.count()
 
     async def user():
@@ -63,16 +62,13 @@ def interval_row(outcomes, seconds, process, url, began):
     served = [o for o in outcomes if not o.error]
     gaps = [b - a for o in served for a, b in zip(o.event_times, o.event_times[1:])]
     first = [o.event_times[0] - o.start for o in served if o.event_times]
-    gauges = {line.split()[0]: float(line.split()[1])
-              for line in http(f"{url}/metrics")[1].splitlines() if line.startswith("num_requests")}
     return {"minute": round((time.monotonic() - began) / 60, 2), "requests": len(served),
             "left": sum(o.error == Outcome.LEFT for o in outcomes),
             "failures": sum(bool(o.error) and o.error != Outcome.LEFT for o in outcomes),
             "tokens_per_s": round(sum(o.tokens for o in served) / seconds, 1),
             "ttft_ms": spread(first), "itl_ms": spread(gaps),
             "rss_mb": round(process.memory_info().rss / 1e6, 1), "fds": process.num_fds(),
-            "threads": process.num_threads(), "running": gauges["num_requests_running"],
-            "waiting": gauges["num_requests_waiting"]}
+            "threads": process.num_threads(), **gauges(url)}
 
 
 def spread(seconds):
@@ -130,12 +126,10 @@ def verdict(rows):
 def settle(url):
     """The gauges once everybody has gone: both should be 0."""
     for _ in range(100):
-        gauges = [line for line in http(f"{url}/metrics")[1].splitlines()
-                  if line.startswith("num_requests")]
-        if all(line.endswith(" 0.0") for line in gauges):
+        if not any(gauges(url).values()):
             break
         time.sleep(0.1)
-    return gauges
+    return gauges(url)
 
 
 def figure(result):
@@ -188,7 +182,7 @@ def main(arguments=None):
         print(f"error: {error}; what was measured before it is in the file", file=sys.stderr)
         return 1
     print(json.dumps(result["verdict"]))
-    at_rest = all(line.endswith(" 0.0") for line in result["at_rest"])
+    at_rest = result["at_rest"] == {"running": 0, "waiting": 0}
     return int(not at_rest or result["verdict"]["failures"] > 0)
 
 

@@ -36,8 +36,10 @@ class Recorder:
         kind, name, code = found[1], found[2], source[found.end():].rstrip()
         if kind == "default_exp":
             self.module, self.cells = name, {}
-        elif result.success:
-            self.cells[bound(code)] = (kind, code)
+        elif result.success:  # Jupyter tells the cell's id; without one its names tell which it is
+            key = getattr(result.info, "cell_id", None) or bound(code)
+            self.cells.pop(key, None)
+            self.cells[key] = (kind, code)
         else:
             print("Not noted for export_module(): this cell failed, the version before it counts.")
 
@@ -54,8 +56,9 @@ class Recorder:
         check(self.package, self.module, before, after)
         path.write_text(after)
         forget()
-        print(f"✓ cbserver/{self.module}.py written with your cells. Import from cbserver again to "
-              "use it here; lesson.restore() brings the course's version back.")
+        new = ", ".join(sorted(exports(after) - exports(before)))
+        print(f"✓ cbserver/{self.module}.py written with your cells{new and '; new: '}{new}. Import "
+              "from cbserver again to use it here; lesson.restore() brings the course's back.")
 
     def restore(self):
         """The module as the course has it."""
@@ -92,19 +95,22 @@ def defined(body):
 
 
 def merge(module, cells):
-    """The module's text with cells in place of the blocks whose names they bind.
+    """The module's text with cells in place of the blocks of their id, or that bind their names.
 
-    cells: {names: ("export" or "exporti", code)}, in the order in which they ran.
+    cells: {id or names: ("export" or "exporti", code)}, in the order in which they ran. One that
+    replaces nothing is added at the end.
     """
     head, *rest = MARK.split(module)
     blocks = [[mark, code.strip("\n")] for mark, code in zip(rest[::2], rest[1::2])]
     public = exports(module)
-    for names, (kind, code) in cells.items():
+    for key, (kind, code) in cells.items():
+        names = bound(code)
         try:
             ast.parse(code)
         except SyntaxError:
             raise ExportRefused("A cell to export has a % or ! line, which is no Python:\n" + code)
-        overlaps = [len(bound(block) & names) for _, block in blocks]
+        overlaps = [99 * (mark.split("#")[-1] == key) + len(bound(block) & names)
+                    for mark, block in blocks]
         place = overlaps.index(max(overlaps)) if any(overlaps) else len(blocks)
         if place == len(blocks):
             blocks.append([f"{blocks[-1][0].split(' #')[0]} #new", ""])

@@ -74,6 +74,15 @@ def test_colab_gets_a_gpu(path):
     assert metadata["accelerator"] == "GPU" and metadata["colab"]["gpuType"] == "T4"
 
 
+def test_every_term_of_the_glossary_is_in_the_lesson_that_introduces_it():
+    rows = re.findall(r"^\| `?([^|`]+?)`? \| .+ \| \[.+\]\((.+)\) \|$",
+                      (ROOT / "notebooks" / "GLOSSARY.md").read_text(), re.M)
+    assert len(rows) > 30
+    for term, lesson in rows:
+        text = " ".join("".join(c["source"]) for c in cells(ROOT / "notebooks" / lesson))
+        assert term.lower() in text.lower(), f"{lesson} does not have {term!r}"
+
+
 def test_one_address_in_badges_and_clone_commands():
     slug = tool().repository().removeprefix("https://github.com/")
     for path in [*LESSONS, ROOT / "README.md"]:

@@ -12,9 +12,9 @@ from conftest import ROOT
 from test_export import LESSONS, cells
 
 
-def ran(source, success=True):
-    """What IPython hands to a post_run_cell hook."""
-    return SimpleNamespace(info=SimpleNamespace(raw_cell=source), success=success)
+def ran(source, success=True, cell_id=None):
+    """What IPython hands to a post_run_cell hook; only some front ends send the cell's id."""
+    return SimpleNamespace(info=SimpleNamespace(raw_cell=source, cell_id=cell_id), success=success)
 
 
 @pytest.fixture
@@ -30,11 +30,11 @@ def lesson(course, number):
     return next(p for p in (course / "notebooks").glob("*.ipynb") if p.name[:2] == number)
 
 
-def recorder(course, path, edit=lambda source: source):
+def recorder(course, path, edit=lambda source: source, ids=False):
     """A recorder that has seen every cell of a lesson run, edited by `edit`."""
     seen = live.Recorder(course / "cbserver")
     for cell in cells(path, "code"):
-        seen.note(ran(edit("".join(cell["source"]))))
+        seen.note(ran(edit("".join(cell["source"])), cell_id=cell["id"] if ids else None))
     return seen
 
 
@@ -92,12 +92,22 @@ def test_a_cell_that_ran_twice_counts_as_it_ran_last_and_a_failure_not_at_all(co
      "name 'not_there' is not defined"),
     (lambda source: source.replace("return True", "return True\n\n\n%timeit 1"), "no Python")])
 def test_a_module_that_would_not_work_is_refused_with_the_reason(course, edit, reason):
-    seen = recorder(course, lesson(course, "04"),
-                    lambda source: edit(source) if "class ContinuousEngine" in source else source)
+    def change(source):
+        return edit(source) if "class ContinuousEngine" in source else source
+
+    seen = recorder(course, lesson(course, "04"), change, ids=True)
     before = module(course, seen)
     with pytest.raises(live.ExportRefused, match=reason):
         seen.export_module()
     assert module(course, seen) == before
+
+
+def test_without_ids_a_renamed_class_is_new_beside_the_old_one_and_said_to_be(course, capsys):
+    seen = recorder(course, lesson(course, "04"),
+                    lambda source: source.replace("class ContinuousEngine", "class Mine"))
+    seen.export_module()
+    assert "new: Mine" in capsys.readouterr().out
+    assert {"Mine", "ContinuousEngine"} <= live.exports(module(course, seen))
 
 
 def test_one_line_restores_the_courses_version(course):

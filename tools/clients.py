@@ -102,8 +102,8 @@ def children_cpu():
 
 def by_guidellm(url, folder):
     """Its medians under our names: what it calls inter-token latency is one value a request."""
-    m = {name: part["successful"] for name, part in
-         run_guidellm(url, folder, 96, 64, "/v1/completions").items() if part and "successful" in part}
+    found = run_guidellm(url, folder, 96, 64, "/v1/completions")
+    m = {name: part["successful"] for name, part in found.items() if "successful" in (part or {})}
     return {"ttft_ms": m["time_to_first_token_ms"]["median"],
             "tpot_ms": m["inter_token_latency_ms"]["median"],
             "e2e_ms": 1e3 * m["request_latency"]["median"],
