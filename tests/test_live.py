@@ -145,9 +145,10 @@ from load.server import http
 print(http(f"{url}/v1/completions", {"prompt": "a"}))
 cell("lesson.stop()")
 import socket
-with socket.socket() as free:
-    free.bind(("127.0.0.1", int(url.rsplit(":")[-1])))
-print("port free")
+try:
+    socket.create_connection(("127.0.0.1", int(url.rsplit(":")[-1])))
+except ConnectionRefusedError:
+    print("port free")
 """
 
 
