@@ -57,8 +57,8 @@ class Recorder:
         path.write_text(after)
         forget()
         new = ", ".join(sorted(exports(after) - exports(before)))
-        print(f"✓ cbserver/{self.module}.py written with your cells{new and '; new: '}{new}. Import "
-              "from cbserver again to use it here; lesson.restore() brings the course's back.")
+        print(f"✓ cbserver/{self.module}.py written with your cells{new and '; new: '}{new}. "
+              "Import from cbserver again to use it here; lesson.restore() undoes it.")
 
     def restore(self):
         """The module as the course has it."""

@@ -1,0 +1,27 @@
+"""Usual mistakes of lesson 3, planted: see test_hints.py."""
+TIMED = {"c07", "p1", "p4", "p5", "c12", "p7", "c26", "c28"}
+MISTAKES = [
+    ("03", "c18", "c14", ("real.long()", "torch.ones_like(ids)"),
+     "Does the mask hide every pad", TIMED),
+    ("03", "c18", "c14", (">= torch.tensor(", "> torch.tensor("), "and no real token", TIMED),
+    ("03", "k1", "c20", ("[:self.span] <= positions", "[:self.span] < positions"),
+     "its own included", TIMED),
+    ("03", "k1", "c20", ("at = self.index[self.slots][:, None]",
+                         "at = self.index[:len(keys)][:, None]"),
+     "belong into its own slot", TIMED),
+    ("03", "k1", "c20", ("seen = self.slots,", "seen = slice(len(keys)),"),
+     "keys of the rows' own slots", TIMED),
+    ("03", "k2", "c22", ("= next_tokens, next_positions", "= next_tokens, next_positions + 1"),
+     "read again at its own position", TIMED),
+    ("03", "k2", "c22", ("positions.add_(1).clamp_", "positions.clamp_"), "then the next at +1",
+     TIMED),
+    ("03", "k2", "c22", ("start + budget if start else None", "None"),
+     "does a later piece go on at its position", TIMED),
+    ("03", "k3b", "c30", ("return all(", "return not self.running or any("),
+     "a static batch waits for its last member", TIMED),
+    ("03", "k3b", "c30", ("self.running = [s for s in self.running if s.status is Status.RUNNING]",
+                          "pass"), "does evict take the finished out", TIMED),
+    ("03", "k3b", "c30", ("self.take(slot)", "self.take(0)"), "a slot of its own", TIMED),
+    ("03", "c37", "c30", ("self.take(slot)", "self.take(0)"), "a slot of its own",
+     TIMED | {"k3b"}),
+]

@@ -1,0 +1,126 @@
+"""Every check of the lessons notices the usual mistakes and names them; every exercise is solvable.
+
+A mistake is planted by replacing text in one cell; the cells up to the check then run here, in
+order, in one namespace, on the tiny model. tests/mistakes/lesson_XX.py lists them.
+"""
+import ast
+import asyncio
+import importlib
+import inspect
+import re
+
+import pytest
+from conftest import ROOT
+from test_export import LESSONS, cells
+
+TABLES = sorted(p.stem for p in (ROOT / "tests" / "mistakes").glob("lesson_*.py"))
+SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.S)
+NAMED = re.compile(r"# Exercise (\w+\.\d)\b")
+
+
+def mistakes():
+    for table in TABLES:
+        for mistake in importlib.import_module(f"mistakes.{table}").MISTAKES:
+            yield pytest.param(*mistake, id=f"{mistake[0]}-{mistake[1]}-{mistake[4][:24]}")
+
+
+@pytest.fixture
+def classroom(monkeypatch):
+    """The folder and the settings in which a lesson's cells run."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("Agg")
+    monkeypatch.setenv("CB_SMOKE", "1")
+    monkeypatch.setenv("CBSERVER_MODEL", "random:tiny")
+    monkeypatch.delenv("NGROK_AUTHTOKEN", raising=False)
+    monkeypatch.chdir(ROOT / "notebooks")
+    import lesson
+
+    monkeypatch.setattr(lesson, "SMOKE", True)
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    yield
+    lesson.stop()
+
+
+def path_of(number):
+    return next(p for p in LESSONS if p.name.startswith(number))
+
+
+def run(number, until, edits=(), skip=(), after=lambda cell, execute: None):
+    """Run a lesson's code cells up to the cell `until`, inclusive; edits: {id: source}.
+
+    after: called when a cell has run, with it and with what runs a source in the same namespace.
+    """
+    names = {"__name__": "__lesson__", "display": lambda *figures: None}
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+
+    def execute(source):
+        code = compile(source, number, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        result = eval(code, names)
+        if inspect.iscoroutine(result):
+            loop.run_until_complete(result)
+
+    try:
+        for cell in cells(path_of(number), "code"):
+            if cell["id"] not in skip:
+                execute(dict(edits).get(cell["id"], "".join(cell["source"])))
+                after(cell, execute)
+            if cell["id"] == until:
+                return
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+    raise LookupError(f"lesson {number} has no cell {until}")
+
+
+def source_of(number, cell_id):
+    return next("".join(c["source"]) for c in cells(path_of(number)) if c["id"] == cell_id)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number, check, cell, change, hint, skip", mistakes())
+def test_a_planted_mistake_makes_the_check_say_what_is_wrong(classroom, number, check, cell, change,
+                                                            hint, skip):
+    old, new = change
+    source = source_of(number, cell)
+    assert source.count(old) == 1, f"{old!r} is not once in cell {cell} of lesson {number}"
+    with pytest.raises(AssertionError) as caught:
+        run(number, check, {cell: source.replace(old, new)}, skip)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("number", [p.name.split("_")[0] for p in LESSONS])
+def test_an_exercise_says_not_yet_until_it_is_solved(classroom, capsys, number):
+    found, said = cells(path_of(number)), {}
+
+    def after(cell, execute):
+        """After an exercise's check ran with the stub: once more with the folded solution."""
+        source = "".join(cell["source"])
+        if "lesson.attempt(" in source:
+            said["not solved"] = capsys.readouterr().out.splitlines()[-1]
+            assert said["not solved"].startswith("not yet: "), source
+            text = "".join(found[found.index(cell) + 1]["source"])
+            solution = SOLUTION.search(text)
+            assert solution and NAMED.match(solution[1]), "the folded solution follows the check"
+            execute(solution[1])
+            capsys.readouterr()
+            execute(source)
+            assert capsys.readouterr().out.splitlines()[-1].startswith("✓"), source
+
+    last = [c["id"] for c in found if "lesson.attempt(" in "".join(c["source"])][-1]
+    run(number, last, after=after)
+    assert said
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_a_lesson_has_two_to_four_exercises_and_predictions_before_its_measurements(path):
+    text = ["".join(c["source"]) for c in cells(path)]
+    stubs = [s for s in text if NAMED.match(s)]
+    assert 2 <= len(stubs) <= 4
+    heads = re.findall(r"### Exercise \w+\.\d · .+ \((?:★|☆)+, \d+ minutes\)", "\n".join(text))
+    assert len(heads) == len(stubs), "### Exercise 4.1 · Its name (★★☆, 20 minutes)"
+    assert "\n".join(text).count("<summary>Hint</summary>") == len(stubs)
+    assert sum("**Predict**" in s for s in text) >= 3
+    assert "The same in vLLM" in "\n".join(text) and "**Takeaways**" in "\n".join(text)
