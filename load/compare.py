@@ -186,9 +186,9 @@ class Utilization:
                 **({"server": thin(server)} if kind == "gpu" else {})}
 
     def mean_in_flight(self, first, last):
-        """Requests that the server had, on average between two times; None if it did not tell."""
+        """Requests that the server had, on average between two times; None: too few samples."""
         inside = [requests for t, requests in self.in_flight if first <= t <= last]
-        return round(statistics.fmean(inside), 2) if inside else None
+        return round(statistics.fmean(inside), 2) if len(inside) >= 10 else None
 
 
 def thin(samples):

@@ -226,7 +226,7 @@ def plot_answers(answers, title):
 
 
 def app(engine):
-    """Lesson 2's app: SSE that drains one sequence's queue. Lesson 6 builds the real one."""
+    """Lesson 2's app: one sequence's stream as SSE. Lesson 6 builds the real one."""
     from contextlib import asynccontextmanager
 
     from fastapi import FastAPI
