@@ -74,10 +74,10 @@ def sweep(options):
         warm_up(server.url, model, options.api_key)
         for users in options.sweep:
             numbers = run_load(
-                server.url, options.out, users, max(users, 5), options.workload, 0, options.seed,
-                model, options.api_key, options.sweep_seconds, users, options.timeout,
-                f"sweep-{users}", goodput_targets=options.goodput_targets,
-                processes=min(users, options.processes))["summary"]
+                server.url, options.out, name=f"sweep-{users}", users=users, model=model,
+                spawn_rate=max(users, 5), steady_seconds=options.sweep_seconds,
+                min_requests=users, processes=min(users, options.processes),
+                **same_load(options))["summary"]
             levels.append({"users": users} | {key: numbers[key] for key in (
                 "requests", "failures", "tokens_per_s", "requests_per_s", "ttft_ms", "itl_ms",
                 "tpot_ms", "e2e_ms", "goodput") if key in numbers})
@@ -115,15 +115,21 @@ def run_arm(arm, repeat, options, say):
         say("ready; the load begins")
         with Utilization(server.process.pid, server.url, options.api_key) as watch:
             loaded = run_load(
-                server.url, options.out, options.users, options.spawn_rate, options.workload,
-                options.requests, options.seed, model, options.api_key, options.steady_seconds,
-                options.min_requests, options.timeout, name, options.rate,
-                options.goodput_targets, options.processes)
+                server.url, options.out, name=name, users=options.users, rate=options.rate,
+                spawn_rate=options.spawn_rate, requests=options.requests, model=model,
+                steady_seconds=options.steady_seconds, min_requests=options.min_requests,
+                processes=options.processes, **same_load(options))
     span = loaded["span"]
     return loaded["summary"] | {
         "utilization": watch.between(*span) | {"client": thin(cpu_curve(loaded["cpu"], *span))},
         "server_cpu": cpu_share(watch.cpu, *span),
         "in_flight": watch.mean_in_flight(*span)}, loaded["records"]
+
+
+def same_load(options):
+    """What every load of a comparison has in common, as keywords of `run_load`."""
+    return {"workload": options.workload, "seed": options.seed, "api_key": options.api_key,
+            "timeout_s": options.timeout, "goodput_targets": options.goodput_targets}
 
 
 def server_arguments(arm, options):

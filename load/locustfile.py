@@ -265,12 +265,12 @@ def read_event(data, now, record):
     if "error" in data:
         raise StreamFailed(f"error event: {error_message(data)}")
     for choice in data.get("choices", []):
-        if "delta" in choice:  # of a chat; the first event of many servers brings a role, no token
-            text = choice["delta"].get("content") or choice["delta"].get("reasoning_content")
-            if not text:
-                continue
-        record.token_times.append(now)
-        record.text += (text if "delta" in choice else choice.get("text")) or ""
+        text = choice.get("text")
+        if chat := choice.get("delta"):
+            text = chat.get("content") or chat.get("reasoning_content")
+        if text or "delta" not in choice:  # a chat's first event often brings a role and no token
+            record.token_times.append(now)
+            record.text += text or ""
     if usage := data.get("usage"):
         record.prompt_tokens = usage["prompt_tokens"]
         record.completion_tokens = usage["completion_tokens"]

@@ -174,6 +174,8 @@ def window_files(jsonl):
 def read_window(jsonl):
     """(first, last): the time when all users of all workers were in flight."""
     windows = [json.loads(path.read_text())["window"] for path in window_files(jsonl)]
+    if not windows:
+        raise LoadFailed("Locust ended before all users had been in flight for --steady-seconds.")
     return max(first for first, _ in windows), min(last for _, last in windows)
 
 

@@ -43,11 +43,14 @@ class Recorder:
         else:
             print("Not noted for export_module(): this cell failed, the version before it counts.")
 
-    def export_module(self):
-        """Write the module with the cells as they last ran; ExportRefused: nothing is written."""
+    def file_name(self):
         if self.module is None:
             raise ExportRefused("Run the cell with `#| default_exp` first: it names the module.")
-        path = self.package / f"{self.module}.py"
+        return f"{self.module}.py"
+
+    def export_module(self):
+        """Write the module with the cells as they last ran; ExportRefused: nothing is written."""
+        path = self.package / self.file_name()
         before = path.read_text()
         after = merge(before, self.cells)
         if after == before:
@@ -62,7 +65,7 @@ class Recorder:
 
     def restore(self):
         """The module as the course has it."""
-        name = f"cbserver/{self.module}.py"
+        name = f"cbserver/{self.file_name()}"
         done = subprocess.run(["git", "checkout", "HEAD", "--", name], cwd=self.package.parent,
                               capture_output=True, text=True)
         if done.returncode:
@@ -109,9 +112,8 @@ def merge(module, cells):
             ast.parse(code)
         except SyntaxError:
             raise ExportRefused("A cell to export has a % or ! line, which is no Python:\n" + code)
-        overlaps = [99 * (mark.split("#")[-1] == key) + len(bound(block) & names)
-                    for mark, block in blocks]
-        place = overlaps.index(max(overlaps)) if any(overlaps) else len(blocks)
+        alike = [(mark.split("#")[-1] == key, len(bound(block) & names)) for mark, block in blocks]
+        place = alike.index(max(alike)) if any(max(alike)) else len(blocks)
         if place == len(blocks):
             blocks.append([f"{blocks[-1][0].split(' #')[0]} #new", ""])
         blocks[place][1] = relative(code)

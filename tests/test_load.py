@@ -324,6 +324,9 @@ def test_the_cross_checks_flag_numbers_that_cannot_be(tmp_path):
     assert [holds for text, holds in held.items() if "arrival rate" in text] == [True, True]
     roof = {text.split(":")[0]: holds for text, holds in held.items() if "at most" in text}
     assert roof == {"continuous": True, "one-slot": False}, "90 > 1 row × 20 ÷ 0.5"
+    result["arms"]["continuous"]["repeats"] = [run, run | {"in_flight": 12.0}]
+    held = [holds for text, holds in report.checks(result) if "arrival rate" in text]
+    assert held == [True, False], "the repeat that breaks it is the one that is told"
     run["in_flight"] = 12.0
     assert not any(holds for text, holds in report.checks(result) if "arrival rate" in text)
 
