@@ -101,6 +101,7 @@ def test_the_readmes_numbers_are_those_of_figures_data():
     readme = (ROOT / "README.md").read_text()
     assert figures.numbers() in readme, "README.md has drifted: run `make figures`"
     assert figures.ladder_text() in readme, "README.md has drifted: run `make figures`"
+    assert figures.guidellm_text() in readme, "README.md has drifted: run `make figures`"
     assert figures.http_text() in readme, "README.md has drifted: run `make figures`"
     assert (ROOT / "figures" / "offline-h100.png").exists()
     changed = figures.write_readme("other numbers", readme)

@@ -86,6 +86,20 @@ def http_text():
     return "\n".join(text)
 
 
+def guidellm_text():
+    """How far load.run and guidellm are apart, for the README."""
+    found = json.loads((DATA / "clients.json").read_text())["clients"]["agreement"]
+    parts = []
+    for server in ("planted delays", "cbserver"):
+        off = found[server]["load.run against guidellm, %"]
+        cpu = [found[server][who]["client_cpu_s"] for who in ("load.run", "guidellm")]
+        names = ", ".join(f"{name.removesuffix('_ms').replace('_per_s', '/s')} {percent:+.1f} %"
+                          for name, percent in off.items())
+        parts.append(f"{server}: {names} (CPU seconds {cpu[0]:.0f} and {cpu[1]:.0f})")
+    return (f"load.run against guidellm, {found['load']} (`make test-clients`): "
+            f"{'; '.join(parts)}. {found['why they differ']}")
+
+
 def more_text(device):
     """Sentences on two more runs: lengths as in chats, and all arms in float32."""
     for kind, words in (("chat", "With lengths as in chats, and every 32nd prompt of 2,000 to "
@@ -145,6 +159,7 @@ def main():
     readme = ROOT / "README.md"
     text = write_readme(numbers(), readme.read_text())
     text = write_readme(http_text(), text, "http")
+    text = write_readme(guidellm_text(), text, "guidellm")
     readme.write_text(write_readme(ladder_text(), text, "ladder"))
     print("README.md")
 
