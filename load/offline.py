@@ -174,7 +174,8 @@ def weight_bytes(model):
 def run_roofline(case):
     """What bounds a step on this device: its weights in GB, and the bandwidth of a copy in GB/s."""
     model, _ = load(case)
-    return {"weights_gb": round(weight_bytes(model) / 1e9, 4),
+    return {"dtype": str(model.dtype).removeprefix("torch."),
+            "weights_gb": round(weight_bytes(model) / 1e9, 4),
             "bandwidth_gb_s": copy_bandwidth(model.device)}
 
 

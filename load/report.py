@@ -304,6 +304,10 @@ def notes(result):
     reference = same.pop("reference", None)
     lines = [f"{arm} gave the same text as {reference} for {n['equal']} of {n['compared']} requests"
              for arm, n in same.items()]
+    dtype = (result.get("roofline") or {}).get("dtype", "float32")
+    if dtype != "float32" and any(n["equal"] < n["compared"] for n in same.values()):
+        lines.append(f"{dtype} rounds a sum by its order, which another batch size changes, and "
+                     "one token that flips changes the rest: only in float32 must all be equal")
     for name, numbers in arms_of(result):
         if (numbers["client_cpu"] or 0) > 70:
             lines.append(f"✗ flagged: {name}: Locust used {numbers['client_cpu']:.0f} % of a core "

@@ -152,6 +152,24 @@ def test_chat_lengths_scatter_widely_and_a_long_prompt_comes_every_sixteenth():
     assert workload("chat", 9, seed=1) != workload("chat", 9, seed=2)
 
 
+def test_the_medians_of_chat_lengths_hold_in_tokens():
+    from cbserver.baseline import load_model  # not above: the script does without torch
+
+    _, tokenizer = load_model("smollm2", device="cpu")
+    sent = [len(ids) for ids in tokenizer([r.prompt for r in workload("chat", 2000)])["input_ids"]]
+    wanted = [r.max_tokens for r in workload("chat", 2000)]
+    assert 110 < statistics.median(sent) < 130 and 142 < statistics.median(wanted) < 158
+
+
+def test_half_precision_says_why_answers_differ_and_float32_makes_no_excuse():
+    same = {"reference": "sequential", "continuous": {"equal": 3, "compared": 4}}
+    result = {"arms": {}, "same_text": same, "roofline": {"dtype": "bfloat16"}}
+    assert "bfloat16 rounds" in report.notes(result)
+    assert "rounds" not in report.notes(result | {"roofline": {"dtype": "float32"}})
+    same["continuous"] = {"equal": 4, "compared": 4}
+    assert "rounds" not in report.notes(result)
+
+
 def test_a_fixed_workload_has_exactly_the_lengths_of_its_name():
     for r in workload("fixed:128x64", 9):
         assert len(r.prompt) == 128 and r.max_tokens == 64

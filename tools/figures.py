@@ -20,7 +20,10 @@ def numbers():
     """The README's part on load.compare: a table, the ratios and the setting for each device."""
     results = [json.loads(path.read_text()) for device in ("cpu", "h100")
                if (path := DATA / f"compare-{device}.json").exists()]
-    return "\n\n".join(map(comparison, results))
+    tables = [comparison(result) for result in results]
+    if len(tables) > 1:  # the first one's figure stands at the head of the README
+        tables[1] = f"![The same on an H100](figures/compare-h100.png)\n\n{tables[1]}"
+    return "\n\n".join(tables)
 
 
 def comparison(result):
