@@ -193,6 +193,7 @@ def sample(logits, params, positions):
         return likeliest
     greedy, heat, top_p = upload([[p.greedy, 1 if p.greedy else p.temperature, p.top_p % 1 or 2]
                                   for p in params], logits.device).T
+    # (top_p 1 became 2: no sum of chances reaches it, so nothing is left out.)
     seeds = [random.getrandbits(63) if p.seed is None else p.seed % 2**63 for p in params]
     seed, position, top_k = upload([[s, i, min(p.top_k or 2**31, 2**31)] for s, i, p in
                                     zip(seeds, positions, params)], logits.device).T

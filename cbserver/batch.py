@@ -47,7 +47,7 @@ class BatchRunner:
     """Runs the model for many sequences in one pass, each in its own slot.
 
     The token that each slot reads next, and its position, stay on the device: no step waits for
-    the CPU. The last slot belongs to nobody: rows that only pad a pass write there.
+    the CPU. The last slot belongs to nobody: rows that only pad a pass write there (appendix).
     """
 
     def __init__(self, model, slots, max_len):

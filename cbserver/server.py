@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'REFUSALS', 'router', 'protected', 'SECONDS', 'LATENCIES', 'ENGINES', 'completions', 'chat_completions',
-           'models', 'model_card', 'health', 'ready', 'metrics', 'Metrics', 'create_app', 'refused', 'invalid',
-           'ngrok_token', 'open_tunnel', 'parse', 'build_engine', 'Server', 'explain', 'check_port', 'main']
+           'models', 'model_card', 'health', 'ready', 'metrics', 'page', 'events', 'Feed', 'Metrics', 'create_app',
+           'refused', 'invalid', 'ngrok_token', 'open_tunnel', 'parse', 'build_engine', 'Server', 'explain',
+           'check_port', 'main']
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c03
 import argparse
@@ -21,15 +22,19 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from importlib.resources import files
+from itertools import count
 from typing import Annotated, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -41,8 +46,9 @@ from .baseline import (EngineStopped, ModelUnavailable, PromptTooLong, QueueFull
                                SamplingParams, fit_slots, load_model)
 from .batch import BatchRunner, StaticEngine
 from .fast import FastStep
+from .metrics import spread_ms
 from .scheduler import ContinuousEngine
-from .sequence import SequentialEngine
+from .sequence import SequentialEngine, Status
 
 log = logging.getLogger("cbserver")
 
@@ -382,7 +388,8 @@ async def respond(request, body, tokens, max_tokens, chat):
     sequence = submit(request, tokens, body.sampling(max(1, max_tokens)),
                       "messages" if chat else "prompt")
     reply = Reply(app, sequence, chat)
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": reply.id}
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": reply.id,
+               "X-Request-Number": str(app.state.feed.number(sequence))}
     if body.stream:
         return EventStream(reply.stream(body.stream_options.include_usage), headers,
                            attended(app, sequence, reply.id), app.state.timeout + 5)
@@ -463,7 +470,85 @@ async def metrics(request: Request):
     return PlainTextResponse(generate_latest(request.app.state.metrics.registry))
 
 
+@router.get("/", include_in_schema=False)
+async def page(request: Request):
+    "The live batch as a page; the engine and the key decide what it offers."
+    state = request.app.state
+    facts = {"key": state.api_key, "chat": state.engine.tokenizer.chat_template}
+    flags = " ".join(f'data-{name}="{"yes" if fact else "no"}"' for name, fact in facts.items())
+    html = files("cbserver").joinpath("live.html").read_text().replace("<html", f"<html {flags}", 1)
+    return HTMLResponse(html, headers={"Content-Security-Policy": "default-src 'none'; "
+                        "connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+                        "script-src 'unsafe-inline'", "Cache-Control": "no-cache"})
+
+
+@protected.get("/events", include_in_schema=False)
+async def events(request: Request):
+    "What the page reads: a snapshot of the batch ten times a second, as server-sent events."
+    feed = request.app.state.feed
+    if feed.viewers >= feed.max_viewers:
+        raise APIError(503, f"{feed.max_viewers} viewers watch already; try again later",
+                       headers={"Retry-After": "10"})
+    return StreamingResponse(feed.stream(), media_type="text/event-stream",
+                             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+
 router.include_router(protected)
+
+# %% ../notebooks/06_serve_and_benchmark.ipynb #w2
+class Feed:
+    """The live batch for the page at / and for others who watch; nothing of what requests say.
+
+    Viewers share a snapshot, at most one in `interval` seconds.
+    """
+
+    def __init__(self, app, interval=0.1, max_viewers=64):
+        self.app, self.interval, self.max_viewers, self.viewers = app, interval, max_viewers, 0
+        self.numbers, self.counter = WeakKeyDictionary(), count(1)
+        self.made, self.text = -math.inf, ""
+
+    def number(self, sequence):
+        "1, 2, 3 …: a request's name for viewers."
+        if sequence not in self.numbers:
+            self.numbers[sequence] = next(self.counter)
+        return self.numbers[sequence]
+
+    def slot(self, s):
+        """[number, phase, prompt tokens read, prompt tokens, tokens generated, tokens wanted].
+
+        Phases: 0 prefill, 1 decode, 2 done, its slot not free before the batch's end.
+        """
+        prompt, generated = len(s.prompt_tokens), len(s.generated_tokens)
+        read = prompt if generated else min(s.position, prompt)  # generate() tells no position
+        phase = 2 if s.status is Status.FINISHED else int(read == prompt)
+        return [self.number(s), phase, read, prompt, generated, s.params.max_tokens]
+
+    def snapshot(self):
+        engine, state = self.app.state.engine, self.app.state
+        slots = [None] * engine.max_batch
+        with engine.lock:
+            for s in engine.running:
+                slots[s.slot or 0] = self.slot(s)
+            stats = engine.stats()
+        kept = sum(slot[2] + slot[4] for slot in slots if slot)
+        ttft = spread_ms(state.metrics.recent)
+        return {"time": round(time.monotonic(), 3), "model": state.model_name,
+                "engine": type(engine).__name__.removesuffix("Engine").lower(), "slots": slots,
+                "waiting": stats.waiting, "steps": stats.steps,
+                "generated": stats.generated_tokens, "ttft_ms": [ttft["p50"], ttft["p99"]],
+                "kv": round(kept / (engine.max_batch * engine.max_len), 4)}
+
+    async def stream(self):
+        "Snapshots as events, until the engine ends or the viewer leaves."
+        self.viewers += 1
+        try:
+            while self.app.state.engine.thread.is_alive():
+                if time.monotonic() - self.made >= self.interval:
+                    self.made, self.text = time.monotonic(), event(self.snapshot())
+                yield self.text
+                await asyncio.sleep(self.interval)
+        finally:
+            self.viewers -= 1
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c20
 SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 150)
@@ -484,6 +569,7 @@ class Metrics:
         self.queue, self.first, self.gap, self.whole = (
             Histogram(f"{name}_seconds", name, buckets=SECONDS, registry=self.registry)
             for name in LATENCIES)
+        self.recent = deque(maxlen=200)  # times to first token, for the page
 
     def collect(self):
         stats = self.engine.stats()
@@ -505,6 +591,7 @@ class Metrics:
             self.queue.observe(admitted - start)
         if times:
             self.first.observe(times[0] - start)
+            self.recent.append(times[0] - start)
         for before, after in zip(times, times[1:]):
             self.gap.observe(after - before)
         log.info("%s %s: %d + %d tokens, waited %.3f s, first token %.3f s, all %.3f s",
@@ -528,7 +615,7 @@ def create_app(engine, model_name="cbserver", api_key=None, timeout=600, max_bod
         RequestValidationError: invalid, HTTPException: refused, Exception: refused})
     app.state.engine, app.state.model_name, app.state.api_key = engine, model_name, api_key
     app.state.created, app.state.timeout = int(time.time()), timeout
-    app.state.metrics = Metrics(engine)
+    app.state.metrics, app.state.feed = Metrics(engine), Feed(app)
     app.include_router(router)
     app.add_middleware(BodyLimit, limit=max_body)
     if cors:
@@ -698,8 +785,11 @@ def main(argv=None):
         print(f"API key for this run: {api_key}")
     url = open_tunnel(args.port, token) if args.tunnel else None
     name = args.model or "cbserver"
-    print(f"Serving {name} with the {args.engine} engine ({engine.max_batch} at once) on "
-          f"{url or f'http://{args.host}:{args.port}'}; the API is documented at /docs", flush=True)
+    url = url or f"http://{args.host}:{args.port}"
+    print(f"Serving {name} with the {args.engine} engine ({engine.max_batch} at once) on {url}; "
+          "the API is documented at /docs", flush=True)
+    made = f"#key={api_key}" if api_key != args.api_key else ""  # a key of yours is not printed
+    print(f"Watch the batch: {url}/{made}", flush=True)
     failures = []
     threading.excepthook = lambda failure: failures.append(explain(failure))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -70,7 +70,8 @@ class Recorder:
                               capture_output=True, text=True)
         if done.returncode:
             raise ExportRefused(f"git could not restore {name}: {done.stderr.strip()}. In a clone, "
-                                "`make export` writes it from the notebook on disk.")
+                                "`make export` writes it from the notebook on disk; "
+                                "without git, download the module again.")
         forget()
         print(f"✓ {name} is the course's again; import from cbserver again to use it here")
 
