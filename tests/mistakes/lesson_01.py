@@ -4,7 +4,7 @@ MISTAKES = [
     ("01", "s2", "c16b", ("chances.cumsum(-1) - chances >= top_p", "chances.cumsum(-1) >= top_p"),
      "the token that crosses top_p", SLOW),
     ("01", "s2", "c16b", ("mix(mix(seed) + position)", "mix(mix(seed))"),
-     "draw anew at each position", SLOW),
+     "draws anew at each position", SLOW),
     ("01", "c25", "c19", ("if value.dim() == 1:\n"
                           "            self.stop = bool(self.on_token(value.item()))",
                           "for token in value.flatten().tolist():\n"
@@ -26,4 +26,9 @@ MISTAKES = [
      "Each draw goes to its own slot", SLOW | {"k2", "k3", "k5"}),
     ("01", "p1", "c27", ('SamplingParams(body["max_tokens"])', "SamplingParams()"),
      "is max_tokens passed on", SLOW | {"k2", "k3", "k5"}),
+    ("01", "s2", "c16b", ("logits = logits / heat[:, None]  # float32", "pass"),
+     "divide by the temperature", SLOW),
+    ("01", "s2", "c16b", ("drop.scatter(-1, order, drop)", "drop"),
+     "a token's chance, not its place", SLOW),
+    ("01", "c25", "c22", ("tokens.put(None)", "pass"), "does run() put None last?", SLOW),
 ]

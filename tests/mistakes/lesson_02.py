@@ -23,4 +23,16 @@ MISTAKES = [
                          "is Status.FINISHED))",
                          "self.deliver([sequence], [token]))"),
      "the model went on for a client", SLOW),
+    ("02", "q2", "c09", ("            self.news.clear()\n", ""), "the stream spins", {"c11"}),
+    ("02", "q2", "c09", ("[sent:], sent + 1)", "[sent:], sent)"), "the stream never ended",
+     {"c11"}),
+    ("02", "q4c", "c13", ("Sequence(list(prompt_tokens), params))\n            self.lock.notify()",
+                          "Sequence(list(prompt_tokens), params))"),
+     "submit must notify the lock", set()),
+    ("02", "q4c", "c13", ("self.loop.call_soon_threadsafe(lambda: [s.news.set() for s in "
+                          "sequences])", "[s.news.set() for s in sequences]"),
+     "go through call_soon_threadsafe", set()),
+    ("02", "q4c", "c13", ("self.loop.call_soon_threadsafe(lambda: [s.news.set() for s in "
+                          "sequences])", "pass"), "the stream never ended", set()),
+    ("02", "q6", "c15", ("        self.running.clear()\n", ""), "must empty self.running", SLOW),
 ]

@@ -24,4 +24,11 @@ MISTAKES = [
     ("03", "k3b", "c30", ("self.take(slot)", "self.take(0)"), "a slot of its own", TIMED),
     ("03", "c37", "c30", ("self.take(slot)", "self.take(0)"), "a slot of its own",
      TIMED | {"k3b"}),
+    ("03", "k1", "c20", ("v[at] = keys.transpose(1, 2), values.transpose(1, 2)",
+                         "v[at] = keys.transpose(1, 2), keys.transpose(1, 2)"),
+     "values lie where the keys do", TIMED),
+    ("03", "k3b", "c30", ("s.status is Status.RUNNING\n                                          "
+                          "and s.position >= len(s.prompt_tokens)]",
+                          "s.status is Status.RUNNING]"),
+     "Does decode wait until the whole prompt is read?", TIMED),
 ]

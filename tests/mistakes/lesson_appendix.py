@@ -4,7 +4,7 @@ MISTAKES = [
     ("appendix", "b4", "b3", ("recorded.add_(1)", "recorded = recorded + 1"),
      "write in place", set()),
     ("appendix", "c09", "c07", ("x.pow(2).mean(-1,", "x.pow(2).mean(0,"),
-     "is the mean taken over the last dimension", SLOW),
+     "norm the sum, each row, in float32", SLOW),
     ("appendix", "c09", "c07", ("gate, up = ", "up, gate = "),
      "is it the first half that goes through silu", SLOW),
     ("appendix", "c09", "c07", ("[-second, first]", "[second, -first]"),
@@ -19,4 +19,9 @@ MISTAKES = [
     ("appendix", "c21", "c16", ("k, v = self.cache.update(k, v, layer)",
                                 "self.cache.update(k, v, layer)"),
      "the written-out pass was refused", SLOW),
+    ("appendix", "c09", "c07", ("residual = residual + hidden\n    x = residual.float()",
+                                "x = hidden.float()"),
+     "return the sum, the next adds to it", SLOW),
+    ("appendix", "c09", "c07", ("x = residual.float()", "x = hidden.float()"),
+     "norm the sum, each row", SLOW),
 ]
