@@ -34,5 +34,5 @@ MISTAKES = [
      "go through call_soon_threadsafe", set()),
     ("02", "q4c", "c13", ("self.loop.call_soon_threadsafe(lambda: [s.news.set() for s in "
                           "sequences])", "pass"), "the stream never ended", set()),
-    ("02", "q6", "c15", ("        self.running.clear()\n", ""), "must empty self.running", SLOW),
+    ("02", "q5", "c15", ("        self.running.clear()", ""), "must empty self.running", SLOW),
 ]
