@@ -1,5 +1,6 @@
 """Usual mistakes of lesson 6, planted: see test_hints.py."""
-SLOW = {"f3", "f14", "f15", "c24c", "g1", "c24e", "g3", "g4", "g6", "h2", "e11b", "e13b", "e12b"}
+SLOW = {"f3", "f14", "f15", "w6", "w7", "c24c", "g1", "c24e", "g3", "g4", "g6", "h2",
+        "e11b", "e13b", "e12b"}
 MISTAKES = [
     ("06", "f1", "c07", ('if text.endswith("\\ufffd"):', "if False:"),
      "half a character went out", set()),
@@ -21,7 +22,11 @@ MISTAKES = [
     ("06", "f15", "c15", ("        engine.abort(sequence)\n        app.state", "        app.state"),
      "the server wrote on to the end", SLOW - {"f14", "f15"}),
     ("06", "c24e", "c20", (".labels(error.status_code).inc()", ".labels(error.status_code)"),
-     "/metrics knows of 0 refusals", SLOW - {"c24c", "g1", "c24e"}),
+     "/metrics knows of 0 refusals", SLOW - {"w6", "c24c", "g1", "c24e"}),
+    ("06", "w4", "w2", ("else int(read == prompt)", "else 1"), "still prefill", SLOW),
+    ("06", "w4", "w2", ("phase = 2 if s.status is Status.FINISHED else int", "phase = int"),
+     "its slot is not: phase 2", SLOW),
+    ("06", "w4", "w2", ("else min(s.position, prompt)", "else prompt"), "still prefill", SLOW),
     ("06", "h5", "c12", ("if key and not hmac", "if key and given and not hmac"),
      "a header that is missing is a wrong key too", SLOW),
     ("06", "h5", "c19", ('@protected.get("/metrics")', '@router.get("/metrics")'),
