@@ -57,8 +57,8 @@ class BatchRunner:
 
     def forward(self, tokens, positions, slots, span=None):
         "tokens, positions: [rows, new] -> hidden states [rows, new, hidden]."
-        return self.model.base_model(tokens, position_ids=positions, past_key_values=self.cache,
-                                     attention_mask=self.cache.select(slots, positions, span))[0]
+        mask = self.cache.select(slots, positions, span)
+        return self.model.base_model(tokens, mask, positions, self.cache)[0]
 
     @torch.inference_mode()
     def prefill(self, sequences, budget):

@@ -22,20 +22,22 @@ class Outcome:
     error: str | None = None
 
 
-def run(url, requests, users=50):
+def run(url, requests, users=50, thinks=None):
     """Send all requests, `users` at a time, each user the next one when its last is done.
 
-    requests: objects with prompt_tokens and max_tokens. Returns ([Outcome], seconds).
+    requests: objects with prompt_tokens and max_tokens. thinks(i): seconds before request i; none
+    unless given. Returns ([Outcome], seconds).
     """
-    return asyncio.run(closed_loop(url, requests, users))
+    return asyncio.run(closed_loop(url, requests, users, thinks))
 
 
-async def closed_loop(url, requests, users):
+async def closed_loop(url, requests, users, thinks=None):
     outcomes, numbered = [None] * len(requests), iter(enumerate(requests))
 
     async def user():
         connection = await connect(url)
         for i, request in numbered:
+            await asyncio.sleep(thinks(i) if thinks else 0)
             outcomes[i] = await connection.ask(request)
             if outcomes[i].error:
                 connection.close()
