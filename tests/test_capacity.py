@@ -46,7 +46,7 @@ def turns(engine, arrivals, wanted):
     return [seen[i] for i in range(len(wanted))]
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_every_token_comes_in_the_same_step_as_in_the_real_engine(tiny, data):
     slots, budget = data.draw(st.integers(1, 5)), data.draw(st.integers(4, 40))
@@ -62,7 +62,7 @@ def test_every_token_comes_in_the_same_step_as_in_the_real_engine(tiny, data):
     assert [(round(a), round(b)) for a, b in zip(run.first, run.end)] == real
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.integers(16, 600))
 def test_passes_and_their_padding_are_those_of_the_runner(tiny, lengths, budget):
     engine = by_hand(Recorded(*tiny, max_batch=6, max_len=512, prefill_budget=budget))
