@@ -180,32 +180,38 @@ def first_tokens(url):
 
 
 def compare(options, model, folder):
-    """The real server and the simulated one, with the same users and requests: list of rows."""
+    """The real server and the simulated one, with the same users and requests: list of rows.
+
+    A fresh server for each repeat; every other one takes the loads from the heaviest down.
+    """
     rows = []
     for repeat in range(options.repeats):
-        for number in options.users[::-1] if repeat % 2 else options.users:
-            requests = prompts(options, max(40, options.requests * number // 8), seed=repeat)
-            lengths = [(len(r.prompt_tokens), r.max_tokens) for r in requests]
-
-            def thinks(i, seed=repeat):
-                return think_time(options.think, seed, i)
-
-            command = python_module("cbserver", *server_options(options))
-            with ServerProcess(command, folder / "server.log") as server:
-                warm_up(server.url, options)
-                outcomes = send(server.url, requests, number, thinks)
-            begin = time.perf_counter()
-            run = simulate(model, lengths, number, len(requests), slots=options.slots,
-                           thinks=thinks)
-            rows.append({"users": number, "repeat": repeat, "requests": len(requests),
-                         "measured": seen([o.start for o in outcomes], [
-                             o.event_times[0] for o in outcomes], [
-                                 o.event_times[-1] for o in outcomes], lengths),
-                         "simulated": seen(run.start, run.first, run.end, lengths),
-                         "simulation_s": round(time.perf_counter() - begin, 3)})
-            print(f"{number} users, repeat {repeat}: {rows[-1]['measured']} measured, "
-                  f"{rows[-1]['simulated']} simulated", flush=True)
+        with ServerProcess(python_module("cbserver", *server_options(options)),
+                           folder / "server.log") as server:
+            warm_up(server.url, options)
+            for number in options.users[::-1] if repeat % 2 else options.users:
+                rows.append(one_load(server.url, options, model, number, repeat))
+                print(f"{number} users, repeat {repeat}: {rows[-1]['measured']} measured, "
+                      f"{rows[-1]['simulated']} simulated", flush=True)
     return rows
+
+
+def one_load(url, options, model, number, repeat):
+    """What `number` users see of the server at `url`, and of a simulated one."""
+    requests = prompts(options, max(40, options.requests * number // 8), seed=repeat)
+    lengths = [(len(r.prompt_tokens), r.max_tokens) for r in requests]
+
+    def thinks(i):
+        return think_time(options.think, repeat, i)
+
+    real = send(url, requests, number, thinks)
+    begin = time.perf_counter()
+    run = simulate(model, lengths, number, len(requests), slots=options.slots, thinks=thinks)
+    return {"users": number, "repeat": repeat, "requests": len(requests),
+            "measured": seen([o.start for o in real], [o.event_times[0] for o in real],
+                             [o.event_times[-1] for o in real], lengths),
+            "simulated": seen(run.start, run.first, run.end, lengths),
+            "simulation_s": round(time.perf_counter() - begin, 3)}
 
 
 def seen(start, first, end, lengths):
