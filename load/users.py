@@ -37,7 +37,10 @@ async def closed_loop(url, requests, users, thinks=None):
     async def user():
         connection = await connect(url)
         for i, request in numbered:
-            await asyncio.sleep(thinks(i) if thinks else 0)
+            if thinks:  # a server hangs up on those who think longer than its keep-alive
+                connection.close()
+                await asyncio.sleep(thinks(i))
+                connection = await connect(url)
             outcomes[i] = await connection.ask(request)
             if outcomes[i].error:
                 connection.close()
