@@ -48,21 +48,25 @@ class Noted:
 
 
 class Recorded(ContinuousEngine):
-    """Notes [rows, span, passes, prompt tokens with padding, seconds] of every step in `log`."""
+    """Notes [rows, span, passes, prompt tokens with padding, seconds] of every step in `log`.
+
+    A step's time runs from the end of the one before, if there was work: the engine's thread also
+    waits for the lock, and for Python's while the event loop writes to the clients.
+    """
 
     log = []  # of the one engine of a process
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
-        self.runner = Noted(self.runner)
+        self.runner, self.ended = Noted(self.runner), None
         self.log.clear()
 
     def step(self):
-        begin = time.perf_counter()
+        begin = self.ended or time.perf_counter()
         super().step()
-        noted = self.runner
-        self.log.append([noted.rows, noted.span, *passes_of(noted.pieces),
-                         time.perf_counter() - begin])
+        noted, now = self.runner, time.perf_counter()
+        self.log.append([noted.rows, noted.span, *passes_of(noted.pieces), now - begin])
+        self.ended = now if self.running or self.waiting else None
 
 
 def serve(arguments):
@@ -103,7 +107,9 @@ def fit(steps, slots, lag=0):
                       max(per_token, 0.0), lag)
     return model, {"steps": len(rows), "r2": round(float(r2), 4),
                    "mean_error_ms": round(float(1e3 * np.abs(off).mean()), 3),
-                   "mean_step_ms": round(float(1e3 * seconds.mean()), 3)}
+                   "mean_step_ms": round(float(1e3 * seconds.mean()), 3),
+                   "slowest": [[*map(int, row[:4]), round(1e3 * row[4], 1)] for row in
+                               rows[np.argsort(seconds)[:-9:-1]].tolist()]}
 
 
 def as_json(model):
