@@ -7,8 +7,10 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 MODEL ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
+REPLICAS ?= 2
+RAY ?=
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients test-colab compare bench serve export notebooks figures clean
+.PHONY: help demo test test-all test-clients test-colab test-ray serve-ray compare bench serve export notebooks figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +30,10 @@ bench: $(VENV)/.course  ## the engines without HTTP: an ablation ladder (half an
 serve: $(VENV)/.course  ## the continuous server on port 8000
 	$(PY) -m cbserver --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
+serve-ray: $(VENV)/.ray  ## REPLICAS=2 servers behind one port, on Ray Serve (installs Ray)
+	RAY_USAGE_STATS_ENABLED=0 $(VENV)/bin/serve run tools.ray_serve:app replicas=$(REPLICAS) \
+		host=$(HOST) port=$(PORT) $(if $(MODEL),model=$(MODEL)) $(RAY)
+
 test: $(VENV)/.dev  ## every test, the notebooks included
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
@@ -36,6 +42,9 @@ test-all: test test-clients  ## the same, and clients that others wrote
 
 test-clients: $(VENV)/.dev $(VENV)-clients/.done  ## LangChain and guidellm against the server
 	$(VENV)-clients/bin/python tools/clients.py $(abspath $(PY))
+
+test-ray: $(VENV)/.ray  ## two replicas on Ray Serve (installs Ray)
+	$(PY) -m pytest -q tests/test_ray.py
 
 test-colab:  ## all notebooks with Colab's versions (needs Python 3.13; installs torch once more)
 	@if command -v $(COLAB_PYTHON) >/dev/null && $(COLAB_PYTHON) --version >/dev/null 2>&1; then \
@@ -82,6 +91,10 @@ $(VENV)/.course: requirements.txt requirements-model.txt | $(PY)
 
 $(VENV)/.dev: $(VENV)/.course requirements-dev.txt
 	@$(PIP) -r requirements-dev.txt || { echo "pip could not install requirements-dev.txt: see its message above, then run make again."; exit 1; }
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.dev requirements-ray.txt
+	@$(PIP) -r requirements-ray.txt || { echo "pip could not install requirements-ray.txt: see its message above, then run make again."; exit 1; }
 	@touch $@
 
 $(VENV)-clients/.done: requirements-clients.txt | $(PY)

@@ -1,0 +1,66 @@
+"""More than one machine's worth: replicas of the unmodified app on Ray Serve.
+
+    serve run tools.ray_serve:app replicas=2 model=smollm2 max_batch=16
+
+replicas: how many servers, each with a model of its own. max_replicas: more of them while requests
+in flight exceed a batch each. cpus, gpus: what a replica reserves (a GPU where there is one, else
+an equal share of the cores). Every other word is a flag of `python -m cbserver`; max_waiting is
+how many may wait before the replicas, and one more gets a 503.
+"""
+import gc
+import os
+import sys
+import threading
+
+import torch
+from ray import serve
+
+from cbserver.server import build_engine, create_app, explain, parse
+
+VIEWERS = 8  # of each replica's live page: a viewer holds a request open
+
+
+def app(settings):
+    """{setting: value} -> what `serve run` deploys; raises ValueError for a flag there is not."""
+    settings = {name.replace("-", "_"): str(value) for name, value in settings.items()}
+    replicas = int(settings.pop("replicas", 1))
+    most = int(settings.pop("max_replicas", replicas))
+    gpus = float(settings.pop("gpus", int(torch.cuda.is_available())))
+    share = 1 if gpus else max(0.1, round(0.9 * os.cpu_count() / max(most, 1), 1))
+    cpus = float(settings.pop("cpus", share))
+    try:
+        options = parse([f"--{name.replace('_', '-')}={value}"
+                         for name, value in settings.items()])
+    except SystemExit:
+        raise ValueError(f"no such setting among {sorted(settings)}; see python -m cbserver --help")
+    batch = options.max_batch or 16
+    # One batch runs and one waits beside it, so that no slot is free while a request travels; the
+    # others wait before the replicas, where whichever is free first can take them.
+    ongoing, queued = 2 * batch + VIEWERS, options.max_waiting
+    options.max_waiting = max(ongoing, queued)
+    serve.start(http_options={"host": options.host, "port": options.port})
+    many = {"num_replicas": replicas} if most <= replicas else {"autoscaling_config": {
+        "min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": batch}}
+
+    def build():
+        """In a replica's own process: its model, its engine, its app."""
+        sys.setswitchinterval(5e-4)
+        threading.excepthook = explain
+        served = create_app(build_engine(options), options.model or "cbserver", options.api_key,
+                            options.request_timeout, options.max_body, options.cors)
+        gc.collect()
+        gc.freeze()
+        return served
+
+    @serve.deployment(
+        name="cbserver", **many, ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        max_ongoing_requests=ongoing, max_queued_requests=queued,
+        health_check_period_s=5, graceful_shutdown_timeout_s=options.drain_timeout)
+    @serve.ingress(build)
+    class Replica:
+        def check_health(self):
+            """Ray asks now and then, and replaces a replica that raises."""
+            if not self.app.state.engine.thread.is_alive():
+                raise RuntimeError("the engine has failed; see above")
+
+    return Replica.bind()
