@@ -71,7 +71,7 @@ class Cluster:
                     found.add(process.pid)
         return found
 
-    def ask(self, tokens, count, seen=None):
+    def ask(self, tokens, count, seen):
         """One streamed completion: (status, text, whole, its number there).
 
         seen: called at each event.
@@ -90,15 +90,16 @@ class Cluster:
                     if line.startswith("data: {"):
                         data = json.loads(line[6:])
                         text += data["choices"][0]["text"] if "choices" in data else ""
-                        if seen:
-                            seen()
+                        seen()
         except httpx.HTTPError:
             pass
         return 200, text, whole, number
 
-    def ask_all(self, requests, seen=None):
+    def ask_all(self, requests, seen=lambda i: None):
+        """All at once; seen(i) is called at each event of request i."""
         with ThreadPoolExecutor(len(requests)) as pool:
-            return list(pool.map(lambda r: self.ask(*r, seen=seen), requests))
+            return list(pool.map(lambda i: self.ask(*requests[i], seen=lambda: seen(i)),
+                                 range(len(requests))))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_client_that_leaves_frees_its_slot_there(cluster):
 
 
 def test_a_queue_that_is_full_refuses(cluster):
-    answers = cluster.ask_all([(prompt(i, 8), 100) for i in range(120)])
+    answers = cluster.ask_all([(prompt(i, 8), 400) for i in range(120)])
     codes = [status for status, *_ in answers]
     assert set(codes) == {200, 503}
     assert all(whole for status, _, whole, _ in answers if status == 200)
@@ -150,18 +151,15 @@ def test_a_setting_that_there_is_not_is_refused_by_name():
 
 def test_a_killed_replica_loses_only_its_own_streams_and_comes_back(cluster, text_of):
     before = cluster.replicas()
-    victim, events = min(before), threading.Semaphore(0)
-
-    def kill():
-        for _ in range(60):  # all are in the middle of their answers
-            events.acquire()
-        psutil.Process(victim).kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
+    victim, begun, lock = min(before), set(), threading.Lock()
     requests = [(prompt(i, 5), 400) for i in range(2 * SLOTS)]
-    answers = cluster.ask_all(requests, seen=events.release)
-    killer.join(30)
+
+    def kill_when_all_have_begun(i):
+        with lock:
+            if i not in begun and not begun.add(i) and len(begun) == len(requests):
+                psutil.Process(victim).kill()
+
+    answers = cluster.ask_all(requests, kill_when_all_have_begun)
     whole = [text.startswith(text_of(tokens, 40).rstrip("\ufffd"))
              for (tokens, _), (_, text, done, _) in zip(requests, answers) if done]
     assert all(whole) and 0 < len(whole) < len(requests), f"{len(whole)} of {len(requests)}"
