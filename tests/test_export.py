@@ -103,6 +103,8 @@ def test_the_readmes_numbers_are_those_of_figures_data():
     assert figures.ladder_text() in readme, "README.md has drifted: run `make figures`"
     assert figures.guidellm_text() in readme, "README.md has drifted: run `make figures`"
     assert figures.http_text() in readme, "README.md has drifted: run `make figures`"
+    for part in (figures.feed_text, figures.ray_text, figures.capacity_text):
+        assert part() in readme, "README.md has drifted: run `make figures`"
     assert (ROOT / "figures" / "offline-h100.png").exists()
     changed = figures.write_readme("other numbers", readme)
     assert "other numbers" in changed and figures.numbers() not in changed

@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
-from load import ladder, report, soak  # noqa: E402
+from load import capacity, ladder, report, soak  # noqa: E402
 from load.offline import table  # noqa: E402
 
 DATA = ROOT / "figures" / "data"
@@ -103,6 +103,61 @@ def guidellm_text():
             f"{'; '.join(parts)}. {found['why they differ']}")
 
 
+def feed_text():
+    """What the live page costs, for the README."""
+    found = json.loads((DATA / "overhead-cpu.json").read_text())
+    parts = [f"{1 - (feed := models['feed'])['median']:+.1%} with {model} ("
+             f"{len({row['repeat'] for row in models['feed_runs']})} pairs of runs, "
+             f"{1 - feed['spread'][1]:+.1%} to {1 - feed['spread'][0]:+.1%})"
+             for model, models in found["models"].items()]
+    return (f"What {found['viewers']} open pages cost the server of its throughput, "
+            f"{found['users']} users on {found['slots']} slots, {found['hardware']}: "
+            f"{'; '.join(parts)}; `{found['command']}`.")
+
+
+def ray_text():
+    """What a Ray replica costs, for the README."""
+    found = json.loads((DATA / "overhead-cpu.json").read_text())
+    parts = []
+    for model, models in found["models"].items():
+        speed, ttft = ({kind: sorted(row[name] for row in models["ray_runs"]
+                                     if row["server"] == kind)[1] for kind in ("uvicorn", "ray")}
+                       for name in ("tokens_per_s", "ttft_p50_ms"))
+        parts.append(f"{model}: {speed['ray']:,.0f} tokens/s against {speed['uvicorn']:,.0f} "
+                     f"({models['ray']['median']:.0%}; {models['ray']['spread'][0]:.0%} to "
+                     f"{models['ray']['spread'][1]:.0%}), TTFT p50 {ttft['ray']:,.0f} ms against "
+                     f"{ttft['uvicorn']:,.0f} ms")
+    return (f"One replica on Ray {found['versions']['ray']} against bare uvicorn, {found['users']} "
+            f"users, {found['slots']} slots, {found['hardware']}, fresh processes, 3 runs each: "
+            f"{'; '.join(parts)}. Ray's own processes share the cores here, and random:tiny, a "
+            "step of a few milliseconds, shows the worst case.")
+
+
+def capacity_text():
+    """The check of the simulation and the plan, for the README."""
+    parts = []
+    for device in ("cpu", "h100"):
+        path = DATA / f"capacity-{device}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        parts += [f"{result['model']} on {result['hardware']}, {result['slots']} slots, users who "
+                  f"think {result['think_s']:g} s on average, medians of "
+                  f"{1 + max(row['repeat'] for row in result['loads'])} fresh servers "
+                  f"(`{result['command']}`):", "", capacity.validation_table(result), ""]
+        parts += [result["note"], ""] if "note" in result else []
+        if plan := result.get("plan"):
+            count, seconds = plan["timed"]
+            parts += [f"![TTFT measured, simulated and planned](figures/{path.stem}.png)", "",
+                      f"Replicas of this server that keep TTFT p99 at {plan['target_ms']:g} ms for "
+                      f"users who think {plan['think_s']:g} s (`{plan['command']}`):", "",
+                      capacity.plan_table(result), "",
+                      f"*In turn*: first come, next replica. *Two choices*: the emptier of two "
+                      f"drawn at random, as Ray Serve does. *Least loaded*: the fewest requests in "
+                      f"flight of all. {count:,} requests were simulated in {seconds:.0f} s.", ""]
+    return "\n".join(parts).rstrip()
+
+
 def more_text(device):
     """Sentences on two more runs: lengths as in chats, and all arms in float32."""
     for kind, words in (("chat", "With lengths as in chats, and every 32nd prompt of 2,000 to "
@@ -159,8 +214,14 @@ def main():
         soak.figure(json.loads((DATA / "soak-cpu.json").read_text())).savefig(
             ROOT / "figures" / "soak-cpu.png")
         print("figures/soak-cpu.png")
+    for path in sorted(DATA.glob("capacity-*.json")):
+        figure = ROOT / "figures" / f"{path.stem}.png"
+        capacity.figure(json.loads(path.read_text())).savefig(figure)
+        print(figure.relative_to(ROOT))
     readme = ROOT / "README.md"
     text = write_readme(numbers(), readme.read_text())
+    for name, part in (("feed", feed_text), ("ray", ray_text), ("capacity", capacity_text)):
+        text = write_readme(part(), text, name)
     text = write_readme(http_text(), text, "http")
     text = write_readme(guidellm_text(), text, "guidellm")
     readme.write_text(write_readme(ladder_text(), text, "ladder"))

@@ -1,0 +1,55 @@
+"""Pictures of the live page under load, for the README: figures/live-*.png.
+
+    python tools/page.py
+"""
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import browser  # noqa: E402
+
+from load import users as crowd  # noqa: E402
+from load.server import ServerProcess, python_module  # noqa: E402
+from load.workload import token_workload, vocabulary  # noqa: E402
+
+USERS, SLOTS = 24, 12
+VIEWS = {"light": (1180, 640, False), "dark": (1180, 640, True), "narrow": (360, 740, False)}
+
+
+def pictures(engine, model, folder):
+    """Load a server until its batch has turned over, then take its page in every view."""
+    requests = token_workload("uniform", 400, 3, 160, vocabulary(model))
+    command = python_module("cbserver", "--engine", engine, "--model", model,
+                            "--max-batch", SLOTS, "--max-len", 512)
+    with ServerProcess(command, folder / "server.log") as server, browser.Browser() as page:
+        page.resize(*VIEWS["light"])
+        page.open(f"{server.url}/")
+        threading.Thread(target=crowd.run, args=(server.url, requests, USERS),
+                         daemon=True).start()
+        page.until("Number(document.querySelector('#waiting').textContent.split(' ')[0]) > 0")
+        page.run("document.querySelector('#send').click()")
+        time.sleep(32)  # the strip holds 30 seconds
+        for view, size in VIEWS.items():
+            page.resize(*size)
+            time.sleep(0.5)
+            if view == "light" or engine == "continuous":
+                path = ROOT / "figures" / f"live-{engine}-{view}.png"
+                page.picture(path)
+                print(path.relative_to(ROOT), *page.problems, flush=True)
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in ("continuous", "static"):
+            pictures(engine, "smollm2", Path(folder))
+    os._exit(0)  # the users are still asking
+
+
+if __name__ == "__main__":
+    main()
