@@ -86,7 +86,7 @@ def test_absurd_arguments_are_refused(args):
     assert done.returncode == 2 and args[0] in done.stderr
 
 
-def test_the_server_serves_and_ends_on_sigterm():
+def test_the_server_serves_and_ends_on_sigterm_though_somebody_watches():
     port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "cbserver", "--model", "random:tiny",
                                 "--port", str(port)], cwd=ROOT)
@@ -100,8 +100,10 @@ def test_the_server_serves_and_ends_on_sigterm():
                 time.sleep(0.2)
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 3}).json()
         assert answer["model"] == "random:tiny"
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        with httpx.stream("GET", f"{url}/events", timeout=30) as viewer:
+            next(viewer.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
     finally:
         if process.poll() is None:
             process.kill()

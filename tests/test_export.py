@@ -109,3 +109,11 @@ def test_the_readmes_numbers_are_those_of_figures_data():
     changed = figures.write_readme("other numbers", readme)
     assert "other numbers" in changed and figures.numbers() not in changed
     assert (ROOT / "figures" / "compare-cpu.png").exists()
+
+
+def test_what_is_no_module_travels_with_the_package():
+    listed = re.search(r"package-data = \{ cbserver = \[(.*?)\]",
+                       (ROOT / "pyproject.toml").read_text())[1]
+    found = {path.name for path in (ROOT / "cbserver").iterdir()
+             if path.is_file() and path.suffix != ".py"}
+    assert found == set(re.findall(r'"(.+?)"', listed))

@@ -105,6 +105,8 @@ def guidellm_text():
 
 def feed_text():
     """What the live page costs, for the README."""
+    if not (DATA / "overhead-cpu.json").exists():
+        return ""
     found = json.loads((DATA / "overhead-cpu.json").read_text())
     parts = [f"{1 - (feed := models['feed'])['median']:+.1%} with {model} ("
              f"{len({row['repeat'] for row in models['feed_runs']})} pairs of runs, "
@@ -117,6 +119,8 @@ def feed_text():
 
 def ray_text():
     """What a Ray replica costs, for the README."""
+    if not (DATA / "overhead-cpu.json").exists():
+        return ""
     found = json.loads((DATA / "overhead-cpu.json").read_text())
     parts = []
     for model, models in found["models"].items():

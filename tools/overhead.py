@@ -23,7 +23,7 @@ from load.workload import token_workload, vocabulary  # noqa: E402
 
 OUT = ROOT / "figures" / "data" / "overhead-cpu.json"
 USERS, VIEWERS, SLOTS = 24, 4, 16
-MODELS = {"smollm2": 48, "random:tiny": 1500}  # requests of a run
+MODELS = {"smollm2": 32, "random:tiny": 400}  # requests of a run
 
 
 class Viewers:
@@ -121,7 +121,7 @@ def main():
               "users": USERS, "slots": SLOTS, "viewers": VIEWERS, "models": {}}
     with tempfile.TemporaryDirectory() as folder:
         for model in MODELS:
-            watched = feed(model, Path(folder) / "feed.log", pairs=4 if model == "smollm2" else 12)
+            watched = feed(model, Path(folder) / "feed.log", pairs=4 if model == "smollm2" else 10)
             served = ray(model, Path(folder), repeats=3)
             result["models"][model] = {
                 "feed": ratio(watched, "viewers", VIEWERS, 0), "feed_runs": watched,
