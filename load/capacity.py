@@ -230,15 +230,18 @@ def seen(start, first, end, lengths):
 
 
 def verdict(rows):
-    """For each load the medians over repeats, and how far the simulation is off, in percent."""
+    """For each load the medians over repeats, and how far the simulation is off, in percent.
+
+    Off is the median over repeats of simulated ÷ measured: each repeat has requests of its own.
+    """
     found = []
     for number in sorted({row["users"] for row in rows}):
         mine = [row for row in rows if row["users"] == number]
         entry = {"users": number}
         for name in ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms"):
-            real, made = (statistics.median(row[kind][name] for row in mine)
-                          for kind in ("measured", "simulated"))
-            entry[name] = [real, made, round(100 * (made / real - 1), 1)]
+            real, made = ([row[kind][name] for row in mine] for kind in ("measured", "simulated"))
+            off = statistics.median(b / a for a, b in zip(real, made)) - 1
+            entry[name] = [statistics.median(real), statistics.median(made), round(100 * off, 1)]
         found.append(entry)
     return found
 
