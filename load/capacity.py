@@ -117,13 +117,14 @@ def as_json(model):
             "per_key_us": round(1e6 * model.per_key, 5),
             "per_pass_ms": round(1e3 * model.per_pass, 4),
             "per_token_ms": round(1e3 * model.per_token, 5), "lag": model.lag,
-            "overhead_ms": round(1e3 * model.overhead, 3)}
+            "overhead_ms": [[n, round(1e3 * s, 3)] for n, s in model.overhead]}
 
 
 def from_json(found):
     return StepModel(tuple((k, ms / 1e3) for k, ms in found["decode_ms"]),
                      found["per_key_us"] / 1e6, found["per_pass_ms"] / 1e3,
-                     found["per_token_ms"] / 1e3, found["lag"], found["overhead_ms"] / 1e3)
+                     found["per_token_ms"] / 1e3, found["lag"],
+                     tuple((n, ms / 1e3) for n, ms in found["overhead_ms"]))
 
 
 # Measure and check
@@ -135,20 +136,18 @@ def calibrate(options, folder):
     command = python_module("load.capacity", "serve", log, *server_options(options))
     with ServerProcess(command, folder / "calibration.log") as server:
         warm_up(server.url, options)
-        waits = []
+        waits = {}  # in flight -> how much later a client sees its first token than the engine
         for number in sorted({1, 2, 3, 5, options.slots // 2, 3 * options.slots // 4,
                               options.slots, 3 * options.slots // 2} - {0}):
             requests = prompts(options, 4 * number + 6, seed=1000 + number)
             before = first_tokens(server.url)
             outcomes = send(server.url, requests, number, thinks=lambda _: 0)
             count, seconds = (b - a for a, b in zip(before, first_tokens(server.url)))
-            if number <= options.slots:  # in a queue, the clocks differ by more than HTTP
-                waits.append(statistics.fmean(first(o) for o in outcomes) - seconds / count)
+            waits[number] = max(0.0, statistics.fmean(map(first, outcomes)) - seconds / count)
             print(f"calibration: {number} users, {len(requests)} requests", flush=True)
     steps = json.loads(log.read_text())
     model, quality = fit(steps, options.slots, options.lag)
-    overhead = max(0.0, statistics.median(waits))
-    return replace(model, overhead=overhead), quality
+    return replace(model, overhead=tuple(waits.items())), quality
 
 
 def server_options(options):
@@ -375,22 +374,30 @@ def figure(result):
 
     from load.report import STYLE
 
-    colors = dict(zip(ROUTES, ("#D55E00", "#CC79A7", "#0072B2")))
+    plan = result.get("plan")
+    users = sorted({row["users"] for row in result["loads"]})
     with plt.rc_context(STYLE):
-        drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-        for kind, mark, color in (("measured", "o", "#000000"), ("simulated", "x", "#0072B2")):
-            left.plot([row["users"] for row in result["loads"]],
+        drawn, panels = plt.subplots(1, 2 if plan else 1, figsize=(10 if plan else 5.5, 3.8),
+                                     layout="constrained", squeeze=False)
+        left, right = panels[0, 0], panels[0, -1]
+        for kind, mark, color, aside in (("measured", "o", "#000000", -0.08),
+                                         ("simulated", "x", "#0072B2", 0.08)):
+            left.plot([users.index(row["users"]) + aside for row in result["loads"]],
                       [row[kind]["ttft_p99_ms"] for row in result["loads"]], mark, ms=8,
                       mfc="none", color=color, label=kind)
-        left.set(xlabel=f"users of one server with {result['slots']} slots", ylim=(0, None),
+        left.set(xlabel=f"users of one server with {result['slots']} slots", yscale="log",
+                 xticks=range(len(users)), xticklabels=users, xlim=(-0.5, len(users) - 0.5),
                  ylabel="TTFT p99, ms", title="One server, real and simulated")
-        left.legend()
-        if plan := result.get("plan"):
+        left.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+        left.legend(loc="upper left")
+        if plan:
+            colors = dict(zip(ROUTES, ("#D55E00", "#CC79A7", "#0072B2")))
             for route, points in plan["curves"].items():
                 right.plot(*zip(*points), "o-", ms=4, color=colors[route], label=route)
             right.axhline(plan["target_ms"], color="black", ls="--", lw=1)
             right.set(xlabel=f"users a replica, of {plan['replicas']}", yscale="log",
                       ylabel="TTFT p99, ms", title="Simulated: which replica gets a request")
+            right.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
             right.legend()
         drawn.suptitle(f"{result['model']} on {result['hardware']}", fontsize=10)
         return drawn

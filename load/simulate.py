@@ -22,7 +22,8 @@ class StepModel:
     decode: ((rows, seconds), ...), by rows, at span 0; between two of them it is linear.
     per_key: for each row and position that a step looks back. per_pass, per_token: for prompts,
     the padding included. lag: so many steps later a token is seen (1 on a GPU, where the next step
-    is launched first). overhead: of HTTP, once a request.
+    is launched first). overhead: ((requests in flight, seconds), ...) that HTTP takes of a request
+    on its way; it grows as the server's event loop has more streams to write.
     """
 
     decode: tuple
@@ -30,12 +31,18 @@ class StepModel:
     per_pass: float
     per_token: float
     lag: int = 0
-    overhead: float = 0.0
+    overhead: tuple = ((1, 0.0),)
 
     def by_rows(self, slots):
         """Seconds of a step at span 0 for 0, 1, … `slots` rows: list[float]."""
         known = list(self.decode)
         return [0.0, *(between(known, rows) for rows in range(1, slots + 1))]
+
+
+    def on_the_way(self, most):
+        """Seconds of HTTP for 0, 1, … `most` requests in flight; level beyond what was measured."""
+        (first, _), (last, _) = self.overhead[0], self.overhead[-1]
+        return [between(self.overhead, min(max(n, first), last)) for n in range(most + 1)]
 
 
 def between(points, x):
@@ -214,14 +221,22 @@ def simulate(model, lengths, users, requests, replicas=1, slots=16, budget=512,
     servers = [Replica(model, slots, budget, lengths) for _ in range(replicas)]
     router, steps = Router(route, replicas, draw), []
     start, first, end = (array("d", [math.nan]) * requests for _ in range(3))
-    at, number = array("i", [0]) * requests, min(users, requests)
-    arrivals = [(thinks(i) + model.overhead, i) for i in range(number)]
-    heapq.heapify(arrivals)
+    at, number, inside = array("i", [0]) * requests, min(users, requests), 0
+    overhead = model.on_the_way(max(n for n, _ in model.overhead))
+    arrivals = []  # heap of (when it reaches a replica, request)
+
+    def sends(request, moment):
+        start[request] = moment + thinks(request)
+        waits = overhead[min(inside // replicas, len(overhead) - 1)]
+        heapq.heappush(arrivals, (start[request] + waits, request))
+
+    for i in range(number):
+        sends(i, 0.0)
     now = supplied = 0.0
     while arrivals or steps:
         if not steps or arrivals and arrivals[0][0] <= steps[0][0]:
             now, request = heapq.heappop(arrivals)
-            start[request] = now - model.overhead
+            inside += 1
             at[request] = place = router.pick()
             router.add(place, 1)
             server, before = servers[place], servers[place].due
@@ -240,9 +255,10 @@ def simulate(model, lengths, users, requests, replicas=1, slots=16, budget=512,
             first[request] = wait
         for request in done:
             end[request] = now
+            inside -= 1
             router.add(place, -1)
             if number < requests:
-                heapq.heappush(arrivals, (now + thinks(number) + model.overhead, number))
+                sends(number, now)
                 number, supplied = number + 1, now
         if server.due is not None:
             heapq.heappush(steps, (server.due, place))

@@ -21,7 +21,8 @@ class EverySecond(StepModel):
 
 
 UNIT = EverySecond((), 0.0, 0.0, 0.0)
-CPU = StepModel(((1, 0.03), (4, 0.05), (16, 0.12)), 1e-6, 0.01, 0.0008, overhead=0.004)
+CPU = StepModel(((1, 0.03), (4, 0.05), (16, 0.12)), 1e-6, 0.01, 0.0008,
+                overhead=((1, 0.004), (40, 0.02)))
 MIX = [(20, 8), (40, 60), (16, 16), (60, 120)]
 
 
