@@ -1,5 +1,5 @@
 """Usual mistakes of lesson 6, planted: see test_hints.py."""
-SLOW = {"f3", "f14", "f15", "w6", "w7", "c24c", "g1", "c24e", "g3", "g4", "g6", "h2",
+SLOW = {"f3", "f14", "f15", "w6", "w6b", "w7", "c24c", "g1", "c24e", "g3", "g4", "g6", "h2",
         "e11b", "e13b", "e12b"}
 MISTAKES = [
     ("06", "f1", "c07", ('if text.endswith("\\ufffd"):', "if False:"),
