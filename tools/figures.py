@@ -148,7 +148,9 @@ def capacity_text():
         parts += [f"{result['model']} on {result['hardware']}, {result['slots']} slots, users who "
                   f"think {result['think_s']:g} s on average, medians of "
                   f"{1 + max(row['repeat'] for row in result['loads'])} fresh servers "
-                  f"(`{result['command']}`):", "", capacity.validation_table(result), ""]
+                  f"(`{result['command']}`). Off is the median of the "
+                  "runs' own ratios, since each run has requests of its own:", "",
+                  capacity.validation_table(result), ""]
         parts += [result["note"], ""] if "note" in result else []
         if plan := result.get("plan"):
             count, seconds = plan["timed"]
