@@ -288,16 +288,19 @@ class Planner:
     least: int = 20_000  # requests of a simulation
 
     def try_out(self, users, replicas, route, requests):
-        """(p99 TTFT, median time of an answer, share of time busy) once the crowd has settled."""
+        """(p99 TTFT, median time of an answer) once the crowd has settled, and the share of the
+        whole time, its beginning and end included, in which a replica computes."""
         run = simulate(self.model, self.lengths, users, requests, replicas, self.slots,
                        route=route, think=self.think)
-        took = percentile([e - s for s, e in zip(run.start[:20_000], run.end[:20_000])], 50)
-        ttft = [f - s for s, f in zip(run.start, run.first) if 2 * took < s < run.supplied]
-        return percentile(ttft, 99) if ttft else math.inf, took, run.busy
+        begin = (self.think + run.supplied) / 2  # everybody began with a thought
+        settled = [(f - s, e - s) for s, f, e in zip(run.start, run.first, run.end)
+                   if begin < s < run.supplied]
+        ttft, took = zip(*settled)
+        return percentile(ttft, 99), percentile(took, 50), run.busy
 
     def fewest(self, users, route, guess):
         """The smallest number of replicas that keeps the target, to 1 %: a dict for the table."""
-        requests, tried = max(self.least, int(1.2 * users)), {}
+        requests, tried = max(self.least, 4 * users), {}
         factor = 1.25 if users < 100_000 else 1.02  # the guess comes from a smaller crowd
 
         def good(replicas):
@@ -308,6 +311,9 @@ class Planner:
 
         high = low = max(1, guess)
         while not good(high):
+            if high > users:
+                raise LoadFailed(f"A replica for each user gives a p99 TTFT of "
+                                 f"{1e3 * tried[high][0]:,.0f} ms: raise --target above that.")
             low, high = high, math.ceil(high * factor)
         while low == high > 1:  # the guess was good: how much less would do?
             low = min(high - 1, int(high / factor))
@@ -428,6 +434,8 @@ def parse(arguments=None):
     plan.add_argument("--speed", type=int, default=1_000_000, help="requests to time it with")
     options = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
+    if options.what == "plan" and not options.think > 0:
+        parser.error("--think must be above 0")
     options.command = shlex.join(["python", "-m", "load.capacity", *map(str, words)])
     return options
 

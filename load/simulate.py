@@ -65,9 +65,9 @@ def passes_of(pieces):
 
 
 class Replica:
-    """One server's engine. `step_ends(t)` is called when a step ends, `comes(request, t)` before.
+    """One server's engine: `comes(request, t)` when one arrives, `step_ends()` when it is `due`.
 
-    `due`: when its next step or row of like steps ends; None while it has nothing to do.
+    `due`: when its next step, or run of like steps, ends; None while it has nothing to do.
     """
 
     def __init__(self, model, slots, budget, lengths):
@@ -80,7 +80,7 @@ class Replica:
         self.begin, self.due, self.planned, self.busy = 0.0, None, 0, 0.0
 
     def comes(self, request, now):
-        """A request arrives; if there is a slot for it, the present row of steps ends sooner."""
+        """A request arrives; if there is a slot for it, the present run of steps ends sooner."""
         self.waiting.append(request)
         if self.due is None:
             self.plan(now)
@@ -223,20 +223,19 @@ def simulate(model, lengths, users, requests, replicas=1, slots=16, budget=512,
     start, first, end = (array("d", [math.nan]) * requests for _ in range(3))
     at, number, inside = array("i", [0]) * requests, min(users, requests), 0
     overhead = model.on_the_way(max(n for n, _ in model.overhead))
-    arrivals = []  # heap of (when it reaches a replica, request)
-
-    def sends(request, moment):
-        start[request] = moment + thinks(request)
-        waits = overhead[min(inside // replicas, len(overhead) - 1)]
-        heapq.heappush(arrivals, (start[request] + waits, request))
-
-    for i in range(number):
-        sends(i, 0.0)
+    # A heap of (when it is sent, request); once it is, of (when it reaches a replica, request).
+    arrivals = [(thinks(i), i) for i in range(number)]
+    heapq.heapify(arrivals)
     now = supplied = 0.0
     while arrivals or steps:
         if not steps or arrivals and arrivals[0][0] <= steps[0][0]:
             now, request = heapq.heappop(arrivals)
-            inside += 1
+            if start[request] != start[request]:  # not sent before
+                start[request], inside = now, inside + 1
+                wait = overhead[min(inside // replicas, len(overhead) - 1)]
+                if wait:
+                    heapq.heappush(arrivals, (now + wait, request))
+                    continue
             at[request] = place = router.pick()
             router.add(place, 1)
             server, before = servers[place], servers[place].due
@@ -247,18 +246,16 @@ def simulate(model, lengths, users, requests, replicas=1, slots=16, budget=512,
         now, place = heapq.heappop(steps)
         server = servers[place]
         if server.due != now:
-            continue  # a request came meanwhile, and the row of steps was cut shorter
+            continue  # a request came meanwhile, and the run of steps was cut shorter
         begun, done = server.step_ends()
-        wait = now + model.lag * (server.due - now if server.due and server.planned == 1 else
-                                  server.base[server.rows])
         for request in begun:
-            first[request] = wait
+            first[request] = now + model.lag * server.duration(1)
         for request in done:
             end[request] = now
             inside -= 1
             router.add(place, -1)
             if number < requests:
-                sends(number, now)
+                heapq.heappush(arrivals, (now + thinks(number), number))
                 number, supplied = number + 1, now
         if server.due is not None:
             heapq.heappush(steps, (server.due, place))

@@ -1,6 +1,5 @@
 """The simulation schedules as the engine does, and the step model is the one that was measured."""
 import json
-import math
 
 import pytest
 from conftest import by_hand, prompt
@@ -135,8 +134,16 @@ def test_the_fit_finds_the_model_that_made_the_steps():
     assert [s for _, s in found.decode] == pytest.approx([s for _, s in made.decode])
     assert (found.per_key, found.per_pass, found.per_token) == pytest.approx((2e-6, 0.01, 0.0008))
     late = [[*content[:4], timed[4]] for content, timed in zip(steps[1:], steps)]
-    shifted, _ = fit(late[::-1], 16, lag=1)
-    assert math.isfinite(shifted.per_token)
+    shifted, quality = fit(late, 16, lag=1)
+    assert quality["r2"] > 0.9999 and shifted.lag == 1
+    assert (shifted.per_key, shifted.per_pass, shifted.per_token) == pytest.approx(
+        (2e-6, 0.01, 0.0008))
+
+
+def test_a_promise_that_cannot_be_kept_is_refused_with_the_best_there_is(tmp_path):
+    planner = capacity.Planner(CPU, 16, MIX, think=1.0, target=0.001, least=200)
+    with pytest.raises(capacity.LoadFailed, match="raise --target"):
+        planner.fewest(5, "least loaded", 1)
 
 
 def test_thinking_is_the_same_for_the_real_crowd_and_the_simulated():

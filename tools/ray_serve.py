@@ -4,8 +4,11 @@
 
 replicas: how many servers, each with a model of its own. max_replicas: more of them while requests
 in flight exceed a batch each. cpus, gpus: what a replica reserves (a GPU where there is one, else
-an equal share of the cores). Every other word is a flag of `python -m cbserver`; max_waiting is
-how many may wait before the replicas, and one more gets a 503.
+an equal share of the cores). Every other word is a flag of `python -m cbserver` (no_fast=true for
+one without a value); max_waiting is how many may wait before the replicas, one more gets a 503.
+
+On a cluster: RAY_ADDRESS names it, this repository and its packages lie on every node, and gpus and
+cpus are said, since what this machine has may not be what the others have.
 """
 import gc
 import os
@@ -25,15 +28,17 @@ def app(settings):
     settings = {name.replace("-", "_"): str(value) for name, value in settings.items()}
     replicas = int(settings.pop("replicas", 1))
     most = int(settings.pop("max_replicas", replicas))
+    if not 0 < replicas <= most:
+        raise ValueError(f"replicas={replicas} max_replicas={most}: from 1 up, and no less")
     gpus = float(settings.pop("gpus", int(torch.cuda.is_available())))
     share = 1 if gpus else max(0.1, round(0.9 * os.cpu_count() / max(most, 1), 1))
     cpus = float(settings.pop("cpus", share))
     try:
-        options = parse([f"--{name.replace('_', '-')}={value}"
+        options = parse([f"--{name.replace('_', '-')}" + (f"={value}" if value != "true" else "")
                          for name, value in settings.items()])
-    except SystemExit:
-        raise ValueError(f"no such setting among {sorted(settings)}; see python -m cbserver --help")
-    batch = options.max_batch or 16
+    except SystemExit:  # argparse has said which
+        raise ValueError(f"a bad setting among {settings}; see python -m cbserver --help")
+    options.max_batch = batch = options.max_batch or 16
     # One batch runs and one waits beside it, so that no slot is free while a request travels; the
     # others wait before the replicas, where whichever is free first can take them.
     ongoing, queued = 2 * batch + VIEWERS, options.max_waiting
@@ -48,8 +53,9 @@ def app(settings):
         threading.excepthook = explain
         served = create_app(build_engine(options), options.model or "cbserver", options.api_key,
                             options.request_timeout, options.max_body, options.cors)
+        served.state.feed.max_viewers = VIEWERS
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # as `python -m cbserver` does
         return served
 
     @serve.deployment(
