@@ -29,6 +29,8 @@ class Cluster:
     def __init__(self, folder):
         self.log, self.port = folder / "ray.log", free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        # One for all: to make a client takes longer than an answer of the tiny model.
+        self.client = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=None))
 
     def __enter__(self):
         command = [Path(sys.executable).with_name("serve"), "run", "tools.ray_serve:app",
@@ -80,8 +82,8 @@ class Cluster:
                 "ignore_eos": True, "stream": True}
         text, whole, number = "", False, None
         try:
-            with httpx.stream("POST", f"{self.url}/v1/completions", json=body,
-                              timeout=120) as response:
+            with self.client.stream("POST", f"{self.url}/v1/completions",
+                                    json=body) as response:
                 if response.status_code != 200:
                     return response.status_code, response.read().decode(), False, None
                 number = int(response.headers["X-Request-Number"])
