@@ -39,6 +39,7 @@ class Cluster:
         os.chdir(ROOT)
         self.process = spawn(command, self.log, RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS="0")
         try:
+            self.until(lambda: "is ready at" in self.log.read_text())  # both replicas are
             self.until(lambda: self.healthy() and len(self.replicas()) == 2)
         except BaseException:
             self.__exit__()
