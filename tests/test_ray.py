@@ -170,5 +170,5 @@ def test_a_killed_replica_loses_only_its_own_streams_and_comes_back(cluster, tex
     assert all(whole) and 0 < len(whole) < len(requests), f"{len(whole)} of {len(requests)}"
     cluster.until(lambda: len(cluster.replicas() - {victim}) == 2)
     assert len(before & cluster.replicas()) == 1, "the other one went on"
-    again = [(prompt(i, 5), 20) for i in range(16)]
+    again = [(prompt(i, 5), 20) for i in range(8)]
     assert [a[:3] for a in cluster.ask_all(again)] == [(200, text_of(*r), True) for r in again]
