@@ -108,11 +108,11 @@ def feed_text():
     if not (DATA / "overhead-cpu.json").exists():
         return ""
     found = json.loads((DATA / "overhead-cpu.json").read_text())
-    parts = [f"{1 - (feed := models['feed'])['median']:+.1%} with {model} ("
+    parts = [f"{(feed := models['feed'])['median'] - 1:+.1%} with {model} ("
              f"{len({row['repeat'] for row in models['feed_runs']})} pairs of runs, "
-             f"{1 - feed['spread'][1]:+.1%} to {1 - feed['spread'][0]:+.1%})"
+             f"{feed['spread'][0] - 1:+.1%} to {feed['spread'][1] - 1:+.1%})"
              for model, models in found["models"].items()]
-    return (f"What {found['viewers']} open pages cost the server of its throughput, "
+    return (f"What {found['viewers']} open pages cost the server, in its CPU seconds a token, "
             f"{found['users']} users on {found['slots']} slots, {found['hardware']}: "
             f"{'; '.join(parts)}; `{found['command']}`.")
 

@@ -1,10 +1,13 @@
 """What the live page's feed costs the server, and what a Ray replica costs over bare uvicorn.
 
-    python tools/overhead.py            writes figures/data/overhead-cpu.json
+    python tools/overhead.py [feed] [ray]     writes figures/data/overhead-cpu.json
+
+The feed's cost is the server's CPU seconds a token, with open pages against without: the pages'
+own reading, which a phone would do, and the machine's ups and downs do not count.
 """
 import asyncio
+import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -12,6 +15,7 @@ import threading
 from pathlib import Path
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -55,12 +59,13 @@ class Viewers:
 
 
 def speed(url, model, seed):
-    """{"tokens_per_s", "ttft_p50_ms"} that 24 users see."""
+    """{"tokens", "tokens_per_s", "ttft_p50_ms"} that 24 users see."""
     requests = token_workload("uniform", MODELS[model], seed, 64, vocabulary(model))
     outcomes, seconds = crowd.run(url, requests, USERS)
     if failed := [o.error for o in outcomes if o.error]:
         raise LoadFailed(f"{len(failed)} requests failed, the first with: {failed[0]}")
-    return {"tokens_per_s": round(sum(o.tokens for o in outcomes) / seconds, 2),
+    tokens = sum(o.tokens for o in outcomes)
+    return {"tokens": tokens, "tokens_per_s": round(tokens / seconds, 2),
             "ttft_p50_ms": round(1e3 * statistics.median(
                 o.event_times[0] - o.start for o in outcomes), 1)}
 
@@ -75,10 +80,13 @@ def feed(model, log, pairs):
     with bare(model, log) as server:
         speed(server.url, model, 99)
         for repeat, watched in order((False, True), pairs):
+            process = psutil.Process(server.process.pid)
             with Viewers(server.url, VIEWERS if watched else 0) as viewers:
+                before = sum(process.cpu_times()[:2])
                 row = speed(server.url, model, repeat)
+                used = sum(process.cpu_times()[:2]) - before
             rows.append({"repeat": repeat, "viewers": viewers.count, "events": viewers.events,
-                         **row})
+                         "server_cpu_ms_a_token": round(1e3 * used / row["tokens"], 4), **row})
             print(model, rows[-1], flush=True)
     return rows
 
@@ -105,9 +113,9 @@ def ray(model, folder, repeats):
     return rows
 
 
-def ratio(rows, name, of, to):
-    """Median over repeats of what `of` reaches of `to`, and the spread."""
-    speeds = {(row["repeat"], row[name]): row["tokens_per_s"] for row in rows}
+def ratio(rows, name, of, to, value="tokens_per_s"):
+    """Median over repeats of `of`'s value over `to`'s, and the spread."""
+    speeds = {(row["repeat"], row[name]): row[value] for row in rows}
     found = sorted(speeds[repeat, of] / speeds[repeat, to]
                    for repeat in {row["repeat"] for row in rows})
     return {"median": round(statistics.median(found), 4),
@@ -116,16 +124,21 @@ def ratio(rows, name, of, to):
 
 def main():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    result = {"command": shlex.join(["python", *sys.argv]), "hardware": hardware(),
+    parts = sys.argv[1:] or ["feed", "ray"]
+    result = json.loads(OUT.read_text()) if OUT.exists() else {"models": {}}
+    result = {"command": "python tools/overhead.py", "hardware": hardware(),
               "versions": versions("torch", "transformers", "fastapi", "uvicorn", "ray"),
-              "users": USERS, "slots": SLOTS, "viewers": VIEWERS, "models": {}}
+              "users": USERS, "slots": SLOTS, "viewers": VIEWERS, "models": result["models"]}
     with tempfile.TemporaryDirectory() as folder:
         for model in MODELS:
-            watched = feed(model, Path(folder) / "feed.log", pairs=4 if model == "smollm2" else 10)
-            served = ray(model, Path(folder), repeats=3)
-            result["models"][model] = {
-                "feed": ratio(watched, "viewers", VIEWERS, 0), "feed_runs": watched,
-                "ray": ratio(served, "server", "ray", "uvicorn"), "ray_runs": served}
+            found = result["models"].setdefault(model, {})
+            if "feed" in parts:
+                runs = feed(model, Path(folder) / "feed.log", 4 if model == "smollm2" else 10)
+                found["feed"] = ratio(runs, "viewers", VIEWERS, 0, "server_cpu_ms_a_token")
+                found["feed_runs"] = runs
+            if "ray" in parts:
+                runs = ray(model, Path(folder), repeats=3)
+                found["ray"], found["ray_runs"] = ratio(runs, "server", "ray", "uvicorn"), runs
             write_json(result, OUT)
 
 
