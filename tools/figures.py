@@ -108,6 +108,8 @@ def feed_text():
     if not (DATA / "overhead-cpu.json").exists():
         return ""
     found = json.loads((DATA / "overhead-cpu.json").read_text())
+    if not all("feed" in models for models in found["models"].values()):
+        return ""
     parts = [f"{(feed := models['feed'])['median'] - 1:+.1%} with {model} ("
              f"{len({row['repeat'] for row in models['feed_runs']})} pairs of runs, "
              f"{feed['spread'][0] - 1:+.1%} to {feed['spread'][1] - 1:+.1%})"
