@@ -38,7 +38,6 @@ class StepModel:
         known = list(self.decode)
         return [0.0, *(between(known, rows) for rows in range(1, slots + 1))]
 
-
     def on_the_way(self, most):
         """Seconds of HTTP for 0, 1, … `most` requests in flight; level beyond what was measured."""
         (first, _), (last, _) = self.overhead[0], self.overhead[-1]
@@ -171,7 +170,9 @@ class Router:
         return self.last
 
     def two_choices(self):
-        a, b = (int(self.draw.random() * len(self.load)) for _ in range(2))
+        count = len(self.load)
+        a = int(self.draw.random() * count)
+        b = (a + 1 + int(self.draw.random() * (count - 1))) % count  # another, if there is one
         return a if self.load[a] <= self.load[b] else b
 
     def least_loaded(self):
@@ -219,7 +220,7 @@ def simulate(model, lengths, users, requests, replicas=1, slots=16, budget=512,
         def thinks(_):
             return draw.expovariate(1 / think) if think else 0.0
     servers = [Replica(model, slots, budget, lengths) for _ in range(replicas)]
-    router, steps = Router(route, replicas, draw), []
+    router, steps = Router(route, replicas, random.Random(f"route {seed}")), []
     start, first, end = (array("d", [math.nan]) * requests for _ in range(3))
     at, number, inside = array("i", [0]) * requests, min(users, requests), 0
     overhead = model.on_the_way(max(n for n, _ in model.overhead))

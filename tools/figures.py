@@ -108,15 +108,17 @@ def feed_text():
     if not (DATA / "overhead-cpu.json").exists():
         return ""
     found = json.loads((DATA / "overhead-cpu.json").read_text())
-    if not all("feed" in models for models in found["models"].values()):
+    if not (feed := found.get("feed")):
         return ""
-    parts = [f"{(feed := models['feed'])['median'] - 1:+.1%} with {model} ("
-             f"{len({row['repeat'] for row in models['feed_runs']})} pairs of runs, "
-             f"{feed['spread'][0] - 1:+.1%} to {feed['spread'][1] - 1:+.1%})"
-             for model, models in found["models"].items()]
-    return (f"What {found['viewers']} open pages cost the server, in its CPU seconds a token, "
-            f"{found['users']} users on {found['slots']} slots, {found['hardware']}: "
-            f"{'; '.join(parts)}; `{found['command']}`.")
+    speed = feed["tokens_per_s"]
+    low, high = (edge - 1 for edge in speed["interval"])
+    return (f"{found['viewers']} open pages take {feed['share_of_a_core']:.1%} of a core of a "
+            f"server whose {found['slots']} slots are full and held still (its CPU time, "
+            f"{len(feed['held']) // 2} stretches of 10 s with and without, {found['hardware']}). "
+            f"With {feed['model']} at work on a core of its own they change tokens/s by "
+            f"{speed['median'] - 1:+.1%} (median of {speed['pairs']} pairs of neighbouring "
+            f"stretches, 95% interval {low:+.1%} to {high:+.1%}). "
+            f"{feed.get('note', '')} `{found['command']} feed`.")
 
 
 def ray_text():
