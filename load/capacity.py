@@ -299,7 +299,7 @@ class Planner:
         return percentile(ttft, 99), percentile(took, 50), run.busy
 
     def fewest(self, users, route, guess):
-        """The smallest number of replicas that keeps the target, to 1 %: a dict for the table."""
+        """The smallest number of replicas that keeps the target, to 2 %: a dict for the table."""
         requests, tried = max(self.least, 4 * users), {}
         factor = 1.25 if users < 100_000 else 1.02  # the guess comes from a smaller crowd
 
@@ -318,7 +318,7 @@ class Planner:
         while low == high > 1:  # the guess was good: how much less would do?
             low = min(high - 1, int(high / factor))
             high = low if good(low) else high
-        while high - low > max(1, high // 100):
+        while high - low > max(1, high // 50):
             middle = (low + high) // 2
             low, high = (low, middle) if good(middle) else (middle, high)
         p99, took, busy = tried[high]
@@ -347,7 +347,8 @@ def make_plan(options):
         per_replica = 0.8 * rate * options.think
         for users in options.users:
             rows.append(planner.fewest(users, route, round(users / per_replica)))
-            per_replica = rows[-1]["users_per_replica"]
+            if rows[-1]["replicas"] > 1:  # one that has nothing to do says nothing of the next
+                per_replica = rows[-1]["users_per_replica"]
     most = max(row["users_per_replica"] for row in rows)
     begin = time.perf_counter()
     simulate(model, lengths, options.speed // 10, options.speed,
@@ -425,11 +426,12 @@ def parse(arguments=None):
     add("--requests", type=int, default=30, help="for each 8 users, but 40 at least (30)")
     add("--repeats", type=int, default=3, help="of each load (3)")
     add("--out", type=Path, default=Path("figures/latest/capacity.json"), help="the result")
-    plan = commands.add_parser("plan", help="replicas for 10^2, 10^4 and 10^6 users")
+    plan = commands.add_parser("plan", help="replicas for 100 to a million users")
     plan.add_argument("data", type=Path, help="what `measure` wrote; the plan is added to it")
     plan.add_argument("--target", type=float, default=500, help="p99 TTFT, ms (500)")
     plan.add_argument("--think", type=float, default=30, help="mean seconds of thought (30)")
-    plan.add_argument("--users", type=int, nargs="+", default=[100, 10_000, 1_000_000])
+    plan.add_argument("--users", type=int, nargs="+", default=[100, 10_000, 100_000, 1_000_000],
+         help="the crowds, each not much more than the one before (100 10000 100000 1000000)")
     plan.add_argument("--least", type=int, default=20_000, help="requests a simulation (20000)")
     plan.add_argument("--speed", type=int, default=1_000_000, help="requests to time it with")
     options = parser.parse_args(arguments)
