@@ -401,8 +401,9 @@ def figure(result):
             colors = dict(zip(ROUTES, ("#D55E00", "#CC79A7", "#0072B2")))
             for route, points in plan["curves"].items():
                 right.plot(*zip(*points), "o-", ms=4, color=colors[route], label=route)
-            right.axhline(plan["target_ms"], color="black", ls="--", lw=1)
-            right.set(xlabel=f"users a replica, of {plan['replicas']}", yscale="log",
+            right.axhline(plan["target_ms"], color="black", ls="--", lw=1,
+                          label=f"target, {plan['target_ms']:,.0f} ms")
+            right.set(xlabel=f"users a replica ({plan['replicas']} replicas)", yscale="log",
                       ylabel="TTFT p99, ms", title="Simulated: which replica gets a request")
             right.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
             right.legend()

@@ -143,7 +143,7 @@ def ray_text():
 
 def capacity_text():
     """The check of the simulation and the plan, for the README."""
-    parts = []
+    parts, timed = [], []
     for device in ("cpu", "h100"):
         path = DATA / f"capacity-{device}.json"
         if not path.exists():
@@ -158,13 +158,15 @@ def capacity_text():
         parts += [result["note"], ""] if "note" in result else []
         if plan := result.get("plan"):
             count, seconds = plan["timed"]
+            timed.append(f"{count:,} requests of {result['model']} in {seconds:.0f} s")
             parts += [f"![TTFT measured, simulated and planned](figures/{path.stem}.png)", "",
-                      f"Replicas of this server that keep TTFT p99 at {plan['target_ms']:g} ms for "
-                      f"users who think {plan['think_s']:g} s (`{plan['command']}`):", "",
-                      capacity.plan_table(result), "",
-                      f"*In turn*: first come, next replica. *Two choices*: the emptier of two "
-                      f"drawn at random, as Ray Serve does. *Least loaded*: the fewest requests in "
-                      f"flight of all. {count:,} requests were simulated in {seconds:.0f} s.", ""]
+                      "Replicas of this server that keep TTFT p99 under "
+                      f"{plan['target_ms']:,.0f} ms for users who think {plan['think_s']:g} s "
+                      f"(`{plan['command']}`):", "", capacity.plan_table(result), ""]
+    if timed:
+        parts += ["*In turn*: first come, next replica. *Two choices*: the emptier of two drawn at "
+                  "random, as Ray Serve does. *Least loaded*: the fewest requests in flight of "
+                  f"all. Simulated were {' and '.join(timed)}."]
     return "\n".join(parts).rstrip()
 
 
