@@ -39,7 +39,9 @@ def pictures(engine, model, folder):
         threading.Thread(target=ask, args=(server.url, requests), daemon=True).start()
         page.until("Number(document.querySelector('#waiting').textContent.split(' ')[0]) > 0")
         page.run("document.querySelector('#send').click()")
-        time.sleep(32)  # the strip holds 30 seconds
+        begin = time.monotonic()
+        page.until("document.querySelector('#answer').textContent.length > 200", 180)
+        time.sleep(max(0, begin + 32 - time.monotonic()))  # the strip holds 30 seconds
         for view, size in VIEWS.items():
             page.resize(*size)
             time.sleep(0.5)
