@@ -432,7 +432,7 @@ def parse(arguments=None):
     plan.add_argument("--target", type=float, default=500, help="p99 TTFT, ms (500)")
     plan.add_argument("--think", type=float, default=30, help="mean seconds of thought (30)")
     plan.add_argument("--users", type=int, nargs="+", default=[100, 10_000, 100_000, 1_000_000],
-         help="the crowds, each not much more than the one before (100 10000 100000 1000000)")
+         help="the crowds, from small to large (100 10000 100000 1000000)")
     plan.add_argument("--least", type=int, default=20_000, help="requests a simulation (20000)")
     plan.add_argument("--speed", type=int, default=1_000_000, help="requests to time it with")
     options = parser.parse_args(arguments)

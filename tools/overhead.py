@@ -38,7 +38,7 @@ LONG, STRETCH = 32, 2.5  # the feed's run: requests; seconds
 
 
 def speed(url, model, seed):
-    """{"tokens", "tokens_per_s", "ttft_p50_ms"} that 24 users see."""
+    """{"tokens_per_s", "ttft_p50_ms"} that 24 users see."""
     requests = token_workload("uniform", MODELS[model], seed, 64, vocabulary(model))
     outcomes, seconds = crowd.run(url, requests, USERS)
     if failed := [o.error for o in outcomes if o.error]:
@@ -84,6 +84,8 @@ async def held(process, url, repeats):
         print("held", rows[-1], flush=True)
         for viewer in viewers:
             viewer.cancel() or await viewer  # one that has ended says why
+    if load.done():
+        raise LoadFailed("The slots did not stay full: a request ended or was refused.")
     load.cancel()
     return rows
 
@@ -106,7 +108,7 @@ def feed(model, log):
         before, after = sum(np.interp([begin, end], times, range(len(times))) for times in streams)
         rows.append([pages, round(float(after - before) / (end - begin), 2)])
     os.sched_setaffinity(0, range(os.cpu_count()))
-    none, some = ([used for pages, used in still if bool(pages) == watched] for watched in (0, 1))
+    none, some = ([used for pages, used in still if bool(pages) == seen] for seen in (0, 1))
     return {"share_of_a_core": round((statistics.median(some) - statistics.median(none)) / 1e3, 5),
             "held": still, "tokens_per_s": with_pages(rows), "model": model, "rows": rows}
 
