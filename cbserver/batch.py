@@ -8,7 +8,8 @@ __all__ = ['SlotCache', 'BatchRunner', 'StaticEngine']
 # %% ../notebooks/03_padded_batch_step.ipynb #c03
 import torch
 
-from .baseline import fetch, kv_shape, resample, upload, with_attention
+from .model.attention import kv_shape, with_attention
+from .model.sampling import fetch, resample, upload
 from .sequence import Engine, Status
 
 # %% ../notebooks/03_padded_batch_step.ipynb #c20
@@ -48,12 +49,14 @@ class BatchRunner:
 
     The token that each slot reads next, and its position, stay on the device: no step waits for
     the CPU. The last slot belongs to nobody: rows that only pad a pass write there (appendix).
+    ahead: a pass starts before the tokens of the last one are fetched; None: on a GPU.
     """
 
-    def __init__(self, model, slots, max_len):
+    def __init__(self, model, slots, max_len, ahead=None):
         self.model, self.cache = with_attention(model), SlotCache(model, slots + 1, max_len)
         self.tokens, self.positions = self.cache.index.new_zeros(2, slots + 1)
-        self.launched = [([], list)] if model.device.type == "cuda" else []
+        ahead = model.device.type == "cuda" if ahead is None else ahead
+        self.launched = [([], list)] if ahead else []
 
     def forward(self, tokens, positions, slots, span=None):
         "tokens, positions: [rows, new] -> hidden states [rows, new, hidden]."

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .baseline import grouped_attention, kv_shape
 from .batch import BatchRunner
+from .model.attention import grouped_attention, kv_shape
 
 try:  # Triton comes with torch's CUDA builds
     from triton import jit, language as tl, next_power_of_2
@@ -105,8 +105,8 @@ class FastStep(BatchRunner):
     kernel: with attend_kernel in it.
     """
 
-    def __init__(self, model, slots, max_len, compiled=True, kernel=True):
-        super().__init__(model, slots, max_len)
+    def __init__(self, model, slots, max_len, compiled=True, kernel=True, ahead=None):
+        super().__init__(model, slots, max_len, ahead)
         self.compiled, self.graphs, self.span = False, {}, self.tokens.new_tensor(max_len)
         if compiled:
             self.fuse(model.device.type == "cuda", kernel)

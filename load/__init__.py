@@ -1,1 +1,1 @@
-"""The load test: one seeded workload, users from Locust, and the report that compares engines."""
+"""The load test for any OpenAI-compatible server: one seeded workload, users from Locust."""

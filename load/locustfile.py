@@ -1,4 +1,5 @@
 """An SSE-aware Locust user: it times every token, because Locust alone stops at the headers."""
+import contextlib
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ from locust.runners import MasterRunner, WorkerRunner
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the `locust` script lacks it
 
 from cbserver.metrics import RequestRecord  # noqa: E402
-from load.server import first_model  # noqa: E402
+from load.process import first_model  # noqa: E402
 from load.workload import NAMES, arrivals, stream  # noqa: E402
 
 # Locust rounds to two digits to keep its histogram small; whole milliseconds are small enough here.
@@ -77,7 +78,7 @@ def begin(environment, **_):
 
 @events.spawning_complete.add_listener
 def note_all_spawned(user_count, **_):
-    CompletionUser.load.all_spawned = time.perf_counter()
+    CompletionUser.load.begin_steady_time()
 
 
 @events.test_stop.add_listener
@@ -93,7 +94,8 @@ class Load:
     """
 
     def __init__(self, environment):
-        self.environment, self.options = environment, environment.parsed_options
+        self.environment = environment
+        self.options = environment.parsed_options
         distributed = isinstance(environment.runner, WorkerRunner)
         self.workers = self.options.expect_workers if distributed else 1
         self.worker = environment.runner.worker_index if distributed else 0
@@ -110,9 +112,13 @@ class Load:
         self.file = open(self.options.out, "ab", buffering=0) if self.options.out else None
         rate = (self.options.rate or 1) / self.workers  # Poisson streams add up to one
         seed = f"{self.options.seed}.{self.worker}" if self.worker else self.options.seed
-        self.arrivals, self.began = arrivals(rate, seed), None
-        self.in_flight, self.finished = 0, 0
-        self.all_spawned, self.closed, self.ended = None, None, False
+        self.arrivals = arrivals(rate, seed)
+        self.began = None  # when the first request of an open loop was taken
+        self.in_flight = 0
+        self.finished = 0
+        self.all_spawned = None  # when all users were
+        self.closed = None  # when the steady time was over
+        self.ended = False
 
     def take(self):
         """(request, its start) of the one stream; the user that finds none left ends.
@@ -133,15 +139,22 @@ class Load:
         gevent.sleep(max(0, due - time.perf_counter()))
         return request, due
 
+    def give_back(self):
+        """A request that was taken is over, however it ended."""
+        self.in_flight -= 1
+
     def asked(self, request):
         """(path, body) of the HTTP request for one request of the workload."""
-        path, question = "/v1/completions", {"prompt": request.prompt}
+        body = {"model": self.model, "temperature": 0, "ignore_eos": True,
+                "max_tokens": request.max_tokens, "stream": True,
+                "stream_options": {"include_usage": True}}
         if self.options.chat:
             path = "/v1/chat/completions"
-            question = {"messages": [{"role": "user", "content": request.prompt}]}
-        body = {"model": self.model, **question, "temperature": 0, "ignore_eos": True,
-                "max_tokens": request.max_tokens, "stream": True,
-                "stream_options": {"include_usage": True}} | self.options.body
+            body["messages"] = [{"role": "user", "content": request.prompt}]
+        else:
+            path = "/v1/completions"
+            body["prompt"] = request.prompt
+        body.update(self.options.body)
         return path, {name: value for name, value in body.items() if value is not None}
 
     def save(self, record):
@@ -152,11 +165,18 @@ class Load:
         if self.steady_enough():
             self.close_window()
 
+    def begin_steady_time(self):
+        """All users are there from now on."""
+        self.all_spawned = time.perf_counter()
+
     def steady_enough(self):
-        wanted, spawned = self.options.steady_seconds, self.all_spawned
-        return (wanted and spawned and not self.closed
-                and self.finished >= math.ceil(self.options.min_requests / self.workers)
-                and time.perf_counter() - spawned >= wanted)
+        """Whether all users have been in flight for long enough, and enough requests are done."""
+        wanted = self.options.steady_seconds
+        if not wanted or not self.all_spawned or self.closed:
+            return False
+        enough = math.ceil(self.options.min_requests / self.workers)
+        steady = time.perf_counter() - self.all_spawned
+        return self.finished >= enough and steady >= wanted
 
     def close_window(self):
         """All users were in flight until now; from here they finish what they have, and end."""
@@ -205,7 +225,7 @@ class CompletionUser(FastHttpUser):
             self.send(request, record)
             self.load.save(record)
         finally:
-            self.load.in_flight -= 1
+            self.load.give_back()
         if record.error:
             gevent.sleep(0.5)  # a server that refuses is not hammered
         else:
@@ -225,7 +245,7 @@ class CompletionUser(FastHttpUser):
                 record.error = describe(error, record)
                 response.failure(record.error)
             # Locust's own stops at the headers, before the first token.
-            end = record.token_times[-1] if not record.error else time.perf_counter()
+            end = time.perf_counter() if record.error else record.token_times[-1]
             response.request_meta["response_time"] = (end - record.start) * 1e3
             response.request_meta["response_length"] = len(record.text)
 
@@ -265,9 +285,11 @@ def read_event(data, now, record):
     if "error" in data:
         raise StreamFailed(f"error event: {error_message(data)}")
     for choice in data.get("choices", []):
-        text = choice.get("text")
-        if chat := choice.get("delta"):
-            text = chat.get("content") or chat.get("reasoning_content")
+        delta = choice.get("delta")
+        if delta:
+            text = delta.get("content") or delta.get("reasoning_content")
+        else:
+            text = choice.get("text")
         if text or "delta" not in choice:  # a chat's first event often brings a role and no token
             record.token_times.append(now)
             record.text += text or ""
@@ -281,17 +303,16 @@ def refusal(response):
     if not response.status_code:
         return f"no answer: {response.error}"
     text = response.text or ""
-    try:
+    with contextlib.suppress(ValueError):
         text = error_message(json.loads(text))
-    except ValueError:
-        pass
     return f"HTTP {response.status_code}: {text[:200]}"
 
 
 def error_message(data):
     """The message of an OpenAI error object, or of one that is like it."""
     error = data.get("error", data) if isinstance(data, dict) else data
-    return str(error.get("message", error) if isinstance(error, dict) else error)
+    message = error.get("message", error) if isinstance(error, dict) else error
+    return str(message)
 
 
 def describe(error, record):

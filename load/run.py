@@ -5,6 +5,7 @@
 import argparse
 import bisect
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from cbserver.metrics import RequestRecord, summarize
-from load.server import LoadFailed, check_alive, first_model, python_module, spawn, stop, tail
+from load.process import LoadFailed, check_alive, first_model, python_module, spawn, stop, tail
 from load.workload import NAMES, maker
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -43,10 +44,13 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
         maker(workload)
     except ValueError as error:
         raise LoadFailed(str(error))
-    host, out = host.rstrip("/"), Path(out)
+    host = host.rstrip("/")
     check_alive(host)
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    jsonl, html, log = (out / f"{name}{end}" for end in (".jsonl", ".html", "-locust.log"))
+    jsonl = out / f"{name}.jsonl"
+    html = out / f"{name}.html"
+    log = out / f"{name}-locust.log"
     for stale in (jsonl, html, *window_files(jsonl)):
         stale.unlink(missing_ok=True)
     limit = 0 if steady_seconds else requests
@@ -55,8 +59,11 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
         "--users", users, "--spawn-rate", spawn_rate, "--stop-timeout", 600, "--html", html,
         "--workload", workload, "--requests", limit, "--seed", seed, "--out", jsonl,
         "--rate", rate, "--steady-seconds", steady_seconds, "--min-requests", min_requests,
-        "--model", model or first_model(host, api_key), "--body", json.dumps(body or {}),
-        *(["--chat"] if chat else []), *(["--processes", processes] if processes > 1 else []))
+        "--model", model or first_model(host, api_key), "--body", json.dumps(body or {}))
+    if chat:
+        command.append("--chat")
+    if processes > 1:
+        command += ["--processes", str(processes)]
     # The key goes by environment: a command line is for everyone to read.
     key = {"CBSERVER_API_KEY": api_key} if api_key else {}
     process = spawn(command, log, **key)
@@ -69,29 +76,32 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
         raise LoadFailed(f"Locust ended after {len(records)} requests; from {log}:\n{tail(log)}")
     window = read_window(jsonl) if steady_seconds else None
     span = window or busy_span(records)
-    numbers = summary(records, window) | {"client_cpu": cpu_share(cpu, *span),
-                                          "client_in_flight": mean_in_flight(records, *span)}
-    if wanted:
-        numbers["goodput"] = {"targets_ms": wanted,
-                              "requests_per_s": goodput(records, wanted, *span)}
+    numbers = summary(records, window, span, cpu, wanted)
     return {"records": records, "summary": numbers, "span": span, "cpu": cpu, "html": html,
             "jsonl": jsonl}
 
 
-def summary(records, window):
+def summary(records, window, span, cpu, wanted):
     """`summarize`, and what tells whether to believe it.
 
     tokens_per_event: above 1, gaps between events are not gaps between tokens. errors: how often
-    each came. `run_load` adds client_cpu: % of one core that a process of Locust used; near 100 the
-    client was the limit, and client_in_flight, for Little's law.
+    each came. client_cpu: % of one core that a process of Locust used; near 100 the client was the
+    limit. client_in_flight: for Little's law.
     """
     done = [r for r in records if r.error is None]
-    tokens, events = (sum(r.completion_tokens for r in done), sum(len(r.token_times) for r in done))
-    errors = collections.Counter(r.error for r in records if r.error)
-    return summarize(records, window) | {
-        "itl_histogram": histogram([1e3 * gap for r in done for gap in r.itl]),
-        "window_s": window and round(window[1] - window[0], 3),
-        "tokens_per_event": round(tokens / events, 3) if events else None, "errors": dict(errors)}
+    tokens = sum(r.completion_tokens for r in done)
+    events = sum(len(r.token_times) for r in done)
+    numbers = summarize(records, window)
+    numbers["itl_histogram"] = histogram([1e3 * gap for r in done for gap in r.itl])
+    numbers["window_s"] = window and round(window[1] - window[0], 3)
+    numbers["tokens_per_event"] = round(tokens / events, 3) if events else None
+    numbers["errors"] = dict(collections.Counter(r.error for r in records if r.error))
+    numbers["client_cpu"] = cpu_share(cpu, *span)
+    numbers["client_in_flight"] = mean_in_flight(records, *span)
+    if wanted:
+        met = goodput(records, wanted, *span)
+        numbers["goodput"] = {"targets_ms": wanted, "requests_per_s": met}
+    return numbers
 
 
 EDGES = [round(0.25 * 1.25**k, 3) for k in range(52)]  # ms, from a quarter of one to 21 s
@@ -100,8 +110,9 @@ EDGES = [round(0.25 * 1.25**k, 3) for k in range(52)]  # ms, from a quarter of o
 def histogram(values):
     """How many values lie in each bin, EDGES[i] to EDGES[i + 1]; the first and last are open."""
     counts = [0] * (len(EDGES) - 1)
+    inner = EDGES[1:-1]
     for value in values:
-        counts[min(max(bisect.bisect_right(EDGES, value) - 1, 0), len(counts) - 1)] += 1
+        counts[bisect.bisect_right(inner, value)] += 1
     return counts
 
 
@@ -125,12 +136,14 @@ def goodput(records, wanted, first, last):
     wanted: {"ttft", "tpot" or "e2e": ms}.
     """
     def met(record):
-        times = {name: getattr(record, name) for name in wanted}
-        return all(times[name] is None or 1e3 * times[name] <= limit
-                   for name, limit in wanted.items())
+        for name, limit in wanted.items():
+            seconds = getattr(record, name)  # TPOT is None where there was one token only
+            if seconds is not None and 1e3 * seconds > limit:
+                return False
+        return True
 
-    good = sum(met(r) for r in records if not r.error and first <= r.token_times[-1] <= last)
-    return round(good / (last - first), 3)
+    ended = [r for r in records if not r.error and first <= r.token_times[-1] <= last]
+    return round(sum(map(met, ended)) / (last - first), 3)
 
 
 def mean_in_flight(records, first, last):
@@ -139,14 +152,19 @@ def mean_in_flight(records, first, last):
     Little's law as it holds for any stretch of time, a queue that still grows included: arrivals a
     second × their mean time in the system, both inside the stretch. Failures have no end here.
     """
-    inside = [min(r.token_times[-1], last) - max(r.start, first) for r in records if not r.error]
-    return round(sum(max(0, seconds) for seconds in inside) / (last - first), 2)
+    inside = 0.0
+    for record in records:
+        if not record.error:
+            begin = max(record.start, first)
+            end = min(record.token_times[-1], last)
+            inside += max(0, end - begin)
+    return round(inside / (last - first), 2)
 
 
 def busy_span(records):
     """(first request sent, last token), seconds on the records' clock."""
-    return (min(r.start for r in records),
-            max((t for r in records for t in r.token_times[-1:]), default=float("inf")))
+    ends = [r.token_times[-1] for r in records if r.token_times]
+    return min(r.start for r in records), max(ends, default=float("inf"))
 
 
 def cpu_share(samples, first, last):
@@ -155,7 +173,8 @@ def cpu_share(samples, first, last):
     inside = [s for s in samples if first <= s[0] <= last]
     if len(inside) < 2:
         return None
-    (t0, cpu0), (t1, cpu1) = inside[0], inside[-1]
+    t0, cpu0 = inside[0]
+    t1, cpu1 = inside[-1]
     return round(100 * (cpu1 - cpu0) / (t1 - t0), 1)
 
 
@@ -184,18 +203,19 @@ def follow(process, jsonl, progress, timeout_s):
 
     Of several processes it is their mean, without the master, which only adds up.
     """
-    samples, begin, watched = [], time.perf_counter(), psutil.Process(process.pid)
+    samples = []
+    begin = time.perf_counter()
+    master = psutil.Process(process.pid)
     try:
         while process.poll() is None:
             progress.show(count_lines(jsonl))
             now = time.perf_counter()
             if now - begin > timeout_s:
                 raise LoadFailed(f"The load did not end within {timeout_s:.0f} s.")
-            try:
-                times = [p.cpu_times() for p in watched.children(recursive=True) or [watched]]
+            with contextlib.suppress(psutil.Error):  # it ended between the poll and here
+                working = master.children(recursive=True) or [master]
+                times = [worker.cpu_times() for worker in working]
                 samples.append((now, sum(t.user + t.system for t in times) / len(times)))
-            except psutil.Error:  # it ended between the poll and here
-                pass
             time.sleep(0.25)
         progress.show(count_lines(jsonl))
     finally:
@@ -210,7 +230,9 @@ def count_lines(path):
 
 def read_records(path):
     """list[RequestRecord] out of a JSONL file; a last line cut in the middle is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
     return [RequestRecord(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
@@ -218,8 +240,11 @@ class Progress:
     """How many requests are done: a bar on a terminal, elsewhere a line every 10 s."""
 
     def __init__(self, label, total):
-        self.label, self.total, self.done = label, total, 0
-        self.begin = self.told = time.monotonic()
+        self.label = label
+        self.total = total
+        self.done = 0
+        self.begin = time.monotonic()
+        self.told = self.begin
         self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -246,7 +271,7 @@ class Progress:
 
 
 def add_load_options(parser):
-    """The options that `load.run` and `load.compare` share."""
+    """The options that `load.run` and `bench.compare` share."""
     add = parser.add_argument
     add("--users", type=int, default=50, help="how many send at once (50)")
     add("--spawn-rate", type=float, default=5, help="users started a second (5)")

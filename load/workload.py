@@ -11,6 +11,7 @@ from itertools import count, islice
 MIXED = [8, 10, 12, 14, 16, 18, 20, 24, 36, 44, 52, 64, 104, 112, 120, 128]
 LENGTHS = {"mixed": MIXED, "short": [16], "short-mixed": [2, 4, 4, 8, 8, 16, 32, 64]}
 NAMES = [*LENGTHS, "chat", "long-prompt", "fixed:INxOUT"]
+TOKENS_A_WORD = 1.3  # of these sentences, with the vocabularies in use
 
 ASKS = [
     "Explain {topic} to {reader}.", "Write a short note about {topic} for {reader}.",
@@ -69,17 +70,19 @@ def stream(name="mixed", seed=0):
 def maker(name):
     """(seed, index) -> Request. Raises ValueError for a name that there is not.
 
-    mixed, short, short-mixed: questions of 16 to 64 tokens, see LENGTHS. chat: lengths log-normal
-    as in public chat traces, medians about 120 tokens in and 150 out. long-prompt: mixed, and every
-    16th prompt has about 2,000 tokens. fixed:128x64: prompts of exactly 128 token ids, 64 out.
+    mixed, short, short-mixed: questions of 16 to 64 tokens, see LENGTHS. chat: see chat_lengths.
+    long-prompt: mixed, and every 16th prompt has about 2,000 tokens. fixed:128x64: prompts of
+    exactly 128 token ids, 64 out.
     """
     if name in LENGTHS:
         return partial(question, name)
     if fixed := re.fullmatch(r"fixed:([1-9]\d*)x([1-9]\d*)", name):
         return partial(exact, *map(int, fixed.groups()))
-    if name not in ("chat", "long-prompt"):
-        raise ValueError(f"No workload {name!r}; there are {', '.join(NAMES)}.")
-    return chat if name == "chat" else long_prompt
+    if name == "chat":
+        return chat
+    if name == "long-prompt":
+        return long_prompt
+    raise ValueError(f"No workload {name!r}; there are {', '.join(NAMES)}.")
 
 
 def question(name, seed, index):
@@ -88,13 +91,23 @@ def question(name, seed, index):
 
 def chat(seed, index):
     rng = random.Random(f"chat {seed} {index}")
-    words = log_normal(rng, 90, 0.9, 8, 700)  # 1.3 tokens each
-    return Request(index, essay(seed, index, words), log_normal(rng, 150, 0.6, 8, 500))
+    prompt_tokens, answer_tokens = chat_lengths(rng)
+    words = round(prompt_tokens / TOKENS_A_WORD)
+    return Request(index, essay(seed, index, words), answer_tokens)
+
+
+def chat_lengths(rng):
+    """(prompt tokens, answer tokens), log-normal as in public chat traces: medians 120 and 150."""
+    prompt_tokens = log_normal(rng, 120, 0.9, 8, 1000)
+    answer_tokens = log_normal(rng, 150, 0.6, 8, 500)
+    return prompt_tokens, answer_tokens
 
 
 def long_prompt(seed, index):
     asked = question("mixed", seed, index)
-    return asked if index % 16 != 5 else Request(index, essay(seed, index, 1500), asked.max_tokens)
+    if index % 16 != 5:
+        return asked
+    return Request(index, essay(seed, index, 1500), asked.max_tokens)
 
 
 def exact(tokens_in, tokens_out, seed, index):
@@ -104,12 +117,15 @@ def exact(tokens_in, tokens_out, seed, index):
 
 
 def log_normal(rng, median, sigma, low, high):
-    return int(min(high, max(low, rng.lognormvariate(math.log(median), sigma))))
+    """A whole number that scatters around the median, from `low` to `high`."""
+    drawn = rng.lognormvariate(math.log(median), sigma)
+    return int(min(high, max(low, drawn)))
 
 
 def essay(seed, index, words):
     """A question that goes on until it has so many words."""
-    rng, text = random.Random(f"essay {seed} {index}"), prompt(seed, index)
+    rng = random.Random(f"essay {seed} {index}")
+    text = prompt(seed, index)
     while len(text.split()) < words:
         ask = rng.choice(ASKS).format(topic=rng.choice(TOPICS), other=rng.choice(TOPICS),
                                       reader=rng.choice(READERS))
@@ -119,7 +135,8 @@ def essay(seed, index, words):
 
 def arrivals(rate, seed=0):
     """Poisson arrivals without end: seconds from the beginning, `rate` a second on average."""
-    rng, now = random.Random(f"arrivals {seed}"), 0.0
+    rng = random.Random(f"arrivals {seed}")
+    now = 0.0
     while True:
         now += rng.expovariate(rate)
         yield now
@@ -164,8 +181,8 @@ def vocabulary(model):
 def token_workload(name, requests, seed=0, longest=256, vocab=128_000):
     """Seeded requests of token ids below `vocab`, for engines without HTTP: list[TokenRequest].
 
-    uniform: prompts and outputs of 16 to `longest` tokens. chat: lengths log-normal as in chat
-    traces (medians 120 in, 150 out), and every 32nd prompt has 2,000 to 4,000 tokens.
+    uniform: prompts and outputs of 16 to `longest` tokens. chat: see chat_lengths, and every 32nd
+    prompt has 2,000 to 4,000 tokens.
     """
     rng = random.Random(seed)
 
@@ -174,9 +191,9 @@ def token_workload(name, requests, seed=0, longest=256, vocab=128_000):
         return TokenRequest(prompt, rng.randint(16, longest))
 
     def chat(i):
-        length = int(min(1000, max(8, rng.lognormvariate(4.8, 0.9))))
-        length = rng.randint(2000, 4000) if i % 32 == 31 else length
-        wanted = int(min(500, max(8, rng.lognormvariate(5.0, 0.6))))
+        length, wanted = chat_lengths(rng)
+        if i % 32 == 31:
+            length = rng.randint(2000, 4000)
         return TokenRequest([rng.randrange(vocab) for _ in range(length)], wanted)
 
     kinds = {"uniform": uniform, "chat": chat}

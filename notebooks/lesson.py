@@ -30,6 +30,8 @@ def setup(number=None):
     note_exports()
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
+        inherited = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{inherited}" if inherited else str(ROOT)
     install_missing()
     warnings.filterwarnings("ignore", message="IProgress not found")
     import matplotlib
@@ -141,7 +143,7 @@ class ServerCommand:
     """`python -m cbserver` in a process of its own: it runs the modules as they are on disk."""
 
     def __init__(self, engine, model, options):
-        from load.server import ServerProcess, python_module
+        from load.process import ServerProcess, python_module
 
         flags = [word for name, value in options.items()
                  for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -232,7 +234,7 @@ def app(engine):
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
 
-    from cbserver.sequence import SamplingParams
+    from cbserver.model.sampling import SamplingParams
 
     @asynccontextmanager
     async def lifespan(app):

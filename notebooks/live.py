@@ -153,7 +153,8 @@ def check(package, name, before, after):
         shutil.copytree(package, Path(folder) / "cbserver",
                         ignore=shutil.ignore_patterns("__pycache__"))
         (Path(folder) / "cbserver" / f"{name}.py").write_text(after)
-        done = subprocess.run([sys.executable, "-c", "import cbserver.server"], cwd=folder,
+        everything = "import cbserver.server, cbserver.process"
+        done = subprocess.run([sys.executable, "-c", everything], cwd=folder,
                               capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1]

@@ -1,13 +1,15 @@
 """What the tests share: the tiny model, its reference outputs, and an engine stepped by hand."""
+import asyncio
+import contextlib
 import functools
+import json
 import os
-import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LONGEST = 48  # tokens that a reference holds
 
@@ -25,18 +27,72 @@ class Instant:
 
 def by_hand(engine, after=lambda: None):
     """An engine that runs only when the test calls `step()`."""
-    engine.loop, engine.stopping = Instant(after), False
+    engine.open(Instant(after))
     return engine
 
 
 def received(sequence):
     """What a reader of the stream gets at the end; fails if it would wait for ever."""
-    import asyncio
-
     async def read():
         return [token async for token in sequence.stream()]
 
     return asyncio.run(asyncio.wait_for(read(), 10))
+
+
+@contextlib.contextmanager
+def serving(engine, **options):
+    """A server of this engine on a free port, for the length of a `with`."""
+    import lesson
+
+    from cbserver.server import create_app
+
+    server = lesson.Server(create_app(engine, **options))
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def held(engine, after=0):
+    """The engine's steps stand still after so many, until the event that is given here is set."""
+    go_on = threading.Event()
+    step = engine.step
+    count = 0
+
+    def hold():
+        nonlocal count
+        count += 1
+        if count > after:
+            go_on.wait(30)
+        step()
+
+    engine.step = hold
+    try:
+        yield go_on
+    finally:
+        go_on.set()
+
+
+def by_asgi(app, engine, receive_more, send):
+    """One streaming request straight into the app, over a `send` and `receive` of the test's."""
+    body = json.dumps({"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True})
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+             "headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": "2.3"}}
+    messages = [{"type": "http.request", "body": body.encode()}]
+
+    async def receive():
+        return messages.pop(0) if messages else await receive_more()
+
+    async def main():
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(app(scope, receive, send), 30)
+            for _ in range(1000):
+                if engine.stats().running == 0:
+                    return
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
 
 
 def prompt(seed, length):
@@ -50,7 +106,7 @@ def prompt(seed, length):
 def tiny():
     import torch
 
-    from cbserver.baseline import load_model
+    from cbserver.model.load import load_model
 
     device = os.environ.get("CB_TEST_DEVICE", "cpu")  # cuda: the same claims on a GPU
     return load_model("random:tiny", device=device, dtype=torch.float32)

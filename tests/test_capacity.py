@@ -6,10 +6,13 @@ from conftest import by_hand, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbserver.sequence import SamplingParams, Status
-from load import capacity
-from load.capacity import Noted, Recorded, fit, from_json
-from load.simulate import ROUTES, Replica, StepModel, passes_of, simulate, think_time
+from bench import capacity, plan
+from bench.simulate import ROUTES, Replica, StepModel, passes_of, simulate, think_time
+from bench.steps import NotedEngine, NotedRunner, fit, from_json
+from cbserver.model.sampling import SamplingParams
+from cbserver.scheduler import ContinuousEngine
+from cbserver.sequence import Status
+from load.process import LoadFailed
 
 
 class EverySecond(StepModel):
@@ -27,7 +30,10 @@ MIX = [(20, 8), (40, 60), (16, 16), (60, 120)]
 
 def turns(engine, arrivals, wanted):
     """[(turn of its first token, of its last)] of a real engine that is stepped once a second."""
-    sequences, seen, tokens_of, now = {}, {}, {}, 0
+    sequences = {}
+    seen = {}
+    tokens_of = {}
+    now = 0
     while len(seen) < len(wanted) or not all(s.status is Status.FINISHED
                                              for s in sequences.values()):
         for i, arrival in enumerate(arrivals):
@@ -49,13 +55,13 @@ def turns(engine, arrivals, wanted):
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_every_token_comes_in_the_same_step_as_in_the_real_engine(tiny, data):
-    slots, budget = data.draw(st.integers(1, 5)), data.draw(st.integers(4, 40))
+    slots = data.draw(st.integers(1, 5))
+    budget = data.draw(st.integers(4, 40))
     wanted = data.draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1,
                                 max_size=12))
     arrivals = data.draw(st.lists(st.integers(0, 20), unique=True, min_size=len(wanted),
                                   max_size=len(wanted)))  # the first of two would start a step
-    engine = by_hand(capacity.ContinuousEngine(*tiny, max_batch=slots, max_len=128,
-                                               prefill_budget=budget))
+    engine = by_hand(ContinuousEngine(*tiny, max_batch=slots, max_len=128, prefill_budget=budget))
     real = turns(engine, arrivals, wanted)
     run = simulate(UNIT, wanted, len(wanted), len(wanted), slots=slots, budget=budget,
                    thinks=lambda i: float(arrivals[i]))
@@ -65,10 +71,16 @@ def test_every_token_comes_in_the_same_step_as_in_the_real_engine(tiny, data):
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.integers(16, 600))
 def test_passes_and_their_padding_are_those_of_the_runner(tiny, lengths, budget):
-    engine = by_hand(Recorded(*tiny, max_batch=6, max_len=512, prefill_budget=budget))
-    read, shapes = engine.runner.runner.read, []
-    engine.runner.runner.read = lambda rows, start, span: (
-        shapes.append((len(rows), rows.shape[1] - 3)), read(rows, start, span))
+    engine = by_hand(NotedEngine(*tiny, max_batch=6, max_len=512, prefill_budget=budget, log=[]))
+    runner = engine.runner.runner
+    read = runner.read
+    shapes = []
+
+    def noted(rows, start, span):
+        shapes.append((len(rows), rows.shape[1] - 3))
+        return read(rows, start, span)
+
+    runner.read = noted
     for i, length in enumerate(lengths):
         engine.submit(prompt(i, length), SamplingParams(1, ignore_eos=True))
     for _ in range(4):
@@ -83,7 +95,8 @@ def test_many_steps_at_once_take_as_long_as_one_by_one():
     replica = Replica(CPU, 16, 512, MIX)
     replica.comes(1, 0.0)
     replica.step_ends()
-    each, total = [], 0.0
+    each = []
+    total = 0.0
     for k in range(50):
         total += replica.base[1] + CPU.per_key * (replica.span + k)
         each.append(total)
@@ -122,9 +135,12 @@ def test_an_unknown_route_is_refused_by_name():
 
 def test_the_fit_finds_the_model_that_made_the_steps():
     made = StepModel(((1, 0.03), (2, 0.036), (4, 0.05), (8, 0.07), (16, 0.12)), 2e-6, 0.01, 0.0008)
-    base, steps = made.by_rows(16), []
+    base = made.by_rows(16)
+    steps = []
     for k in range(800):
-        rows, span, passes = k % 17, 20 + 37 * k % 300, int(k % 5 == 0)
+        rows = k % 17
+        span = 20 + 37 * k % 300
+        passes = int(k % 5 == 0)
         tokens = passes * (64 + k % 128)
         steps.append([rows, span if rows else 0, passes, tokens, base[rows] + made.per_key
                       * rows * span * (rows > 0) + 0.01 * passes + 0.0008 * tokens])
@@ -141,8 +157,8 @@ def test_the_fit_finds_the_model_that_made_the_steps():
 
 
 def test_a_promise_that_cannot_be_kept_is_refused_with_the_best_there_is(tmp_path):
-    planner = capacity.Planner(CPU, 16, MIX, think=1.0, target=0.001, least=200)
-    with pytest.raises(capacity.LoadFailed, match="raise --target"):
+    planner = plan.Planner(CPU, 16, MIX, think=1.0, target=0.001, least=200)
+    with pytest.raises(LoadFailed, match="raise --target"):
         planner.fewest(5, "least loaded", 1)
 
 
@@ -151,13 +167,14 @@ def test_thinking_is_the_same_for_the_real_crowd_and_the_simulated():
     assert think_time(0, 0, 5) == 0
 
 
-def test_the_recorded_engine_notes_every_step(tiny):
-    engine = by_hand(Recorded(*tiny, max_batch=2, max_len=64))
+def test_the_noted_engine_notes_every_step(tiny):
+    log = []
+    engine = by_hand(NotedEngine(*tiny, max_batch=2, max_len=64, log=log))
     engine.submit(prompt(1, 9), SamplingParams(3, ignore_eos=True))
     for _ in range(3):
         engine.step()
-    assert [step[:4] for step in engine.log] == [[1, 9, 1, 9], [1, 10, 0, 0], [1, 11, 0, 0]]
-    assert isinstance(engine.runner, Noted) and all(step[4] > 0 for step in engine.log)
+    assert [step[:4] for step in log] == [[1, 9, 1, 9], [1, 10, 0, 0], [1, 11, 0, 0]]
+    assert isinstance(engine.runner, NotedRunner) and all(step[4] > 0 for step in log)
 
 
 @pytest.mark.timeout(300)
@@ -174,5 +191,5 @@ def test_measure_and_plan_run_from_a_terminal_and_write_what_they_print(tmp_path
                           "1000", "--least", "2000", "--speed", "5000"]) == 0
     result = json.loads(out.read_text())
     assert {row["route"] for row in result["plan"]["rows"]} == set(ROUTES)
-    assert capacity.plan_table(result) in capsys.readouterr().out
-    capacity.figure(result).savefig(tmp_path / "capacity.png")
+    assert plan.plan_table(result) in capsys.readouterr().out
+    plan.capacity_figure(result).savefig(tmp_path / "capacity.png")

@@ -6,12 +6,12 @@ import random
 import weakref
 
 import httpx
-from conftest import prompt
-from test_server import held, serving
+from conftest import held, prompt, serving
 
 from cbserver.scheduler import ContinuousEngine
 
-CLIENTS, ROUNDS = 200, 2
+CLIENTS = 200
+ROUNDS = 2
 
 
 async def client(i, port, seed):
@@ -27,7 +27,8 @@ async def client(i, port, seed):
                      f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
                      .encode())
         leaves_after = rng.randrange(12) if i % 3 == 0 else None  # lines it reads
-        status, events = None, []
+        status = None
+        events = []
         if leaves_after == 0:
             return request, None, None
         while line := await reader.readline():

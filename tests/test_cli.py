@@ -13,9 +13,9 @@ import lesson
 import pytest
 from conftest import ROOT
 
-from cbserver.baseline import load_model
-from cbserver.server import open_tunnel
-from load.server import ServerProcess, free_port, python_module
+from cbserver.http.tunnel import open_tunnel
+from cbserver.model import load
+from load.process import ServerProcess, free_port, python_module
 
 
 def command(*args, **environment):
@@ -65,18 +65,17 @@ def test_more_slots_than_memory_are_refused_with_the_numbers():
 
 
 def test_slots_are_sized_from_what_is_free(monkeypatch, capsys):
-    from cbserver import baseline
-
-    model, _ = load_model("random:tiny", device="cpu")  # 2 layers x 2 heads x 16: 512 bytes a token
-    monkeypatch.setattr(baseline.psutil, "virtual_memory", lambda: mock.Mock(available=10_000_000))
-    assert baseline.fit_slots(model) == (16, 919)  # 0.8 x 10 MB / 512 bytes / 17 slots
+    # 2 layers x 2 heads x 16 numbers, keys and values: 512 bytes a token
+    model, _ = load.load_model("random:tiny", device="cpu")
+    monkeypatch.setattr(load.psutil, "virtual_memory", lambda: mock.Mock(available=10_000_000))
+    assert load.fit_slots(model) == (16, 919)  # 0.8 x 10 MB / 512 bytes / 17 slots
     assert "16 slots of 919 tokens" in capsys.readouterr().out
-    assert baseline.fit_slots(model, max_batch=4) == (4, 2048), "never longer than the context"
-    assert baseline.fit_slots(model, max_len=2000) == (6, 2000), "fewer than 16 where 16 do not fit"
+    assert load.fit_slots(model, max_batch=4) == (4, 2048), "never longer than the context"
+    assert load.fit_slots(model, max_len=2000) == (6, 2000), "fewer than 16 where 16 do not fit"
     capsys.readouterr()
-    assert baseline.fit_slots(model, 7, 1000) == (7, 1000) and not capsys.readouterr().out
-    with pytest.raises(baseline.ModelUnavailable, match="17 slots of 1000 tokens: 0.0 GB"):
-        baseline.fit_slots(model, 17, 1000)
+    assert load.fit_slots(model, 7, 1000) == (7, 1000) and not capsys.readouterr().out
+    with pytest.raises(load.ModelUnavailable, match="17 slots of 1000 tokens: 0.0 GB"):
+        load.fit_slots(model, 17, 1000)
 
 
 @pytest.mark.parametrize("args", [("--max-batch", "0"), ("--max-len", "-1"), ("--port", "99999"),

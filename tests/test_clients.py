@@ -11,14 +11,13 @@ import httpx
 import openai
 import pytest
 import schemathesis
-from conftest import ROOT, prompt
+from conftest import ROOT, held, prompt, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
-from test_server import held, serving
 
+from cbserver.http.schema import ChatRequest, CompletionRequest
 from cbserver.scheduler import ContinuousEngine
-from cbserver.server import ChatRequest, CompletionRequest
-from load.server import free_port
+from load.process import free_port
 
 CHAT = dict(model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=8, temperature=0,
             extra_body={"ignore_eos": True})
@@ -217,7 +216,7 @@ STREAM = json.dumps({"prompt": "a", "max_tokens": 1500, "ignore_eos": True, "str
 class Process:
     """A server in a process of its own, with a stream that has begun."""
 
-    def __init__(self, *arguments, script="from cbserver.server import main; main()"):
+    def __init__(self, *arguments, script="from cbserver.cli import main; main()"):
         port = free_port()
         self.process = subprocess.Popen(
             [sys.executable, "-c", script, "--model", "random:tiny", "--port", str(port),
@@ -264,7 +263,7 @@ def test_sigterm_drains_new_requests_are_refused_and_the_exit_code_is_0():
 
 
 def test_a_drain_is_bounded_and_a_second_signal_ends_at_once():
-    slow = ("import time, cbserver.server as s; from cbserver.batch import StaticEngine as E;"
+    slow = ("import time, cbserver.cli as s; from cbserver.batch import StaticEngine as E;"
             "step = E.step; E.step = lambda self: (time.sleep(0.02), step(self)); s.main()")
     with Process("--drain-timeout", "1", script=slow) as server:
         with server.stream() as response:
@@ -289,7 +288,7 @@ def test_a_drain_is_bounded_and_a_second_signal_ends_at_once():
     ("torch.OutOfMemoryError('CUDA out of memory')", "lower --max-batch or --max-len", False),
     ("RuntimeError('planted')", "planted", True)])
 def test_after_a_fault_the_process_ends_with_an_error_code(error, words, draining):
-    fault = ("import torch, cbserver.server as s; from cbserver.batch import StaticEngine as E\n"
+    fault = ("import torch, cbserver.cli as s; from cbserver.batch import StaticEngine as E\n"
              "step = E.step\n"
              "def fail(self):\n"
              f"    if self.generated_tokens > 5 and self.stopping >= {draining}: raise {error}\n"

@@ -5,18 +5,11 @@ import threading
 import pytest
 from conftest import by_hand, prompt, received
 
-from cbserver.baseline import (
-    EngineStopped,
-    ModelUnavailable,
-    PromptTooLong,
-    QueueFull,
-    SamplingParams,
-    check_supported,
-    load_model,
-)
 from cbserver.batch import StaticEngine
+from cbserver.model.load import ModelUnavailable, check_supported, load_model
+from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
-from cbserver.sequence import SequentialEngine, Status
+from cbserver.sequence import EngineStopped, PromptTooLong, QueueFull, SequentialEngine, Status
 
 ALL = pytest.mark.parametrize("engine_class", [SequentialEngine, StaticEngine, ContinuousEngine])
 FOREVER = SamplingParams(40, ignore_eos=True)
@@ -139,7 +132,7 @@ def test_what_cannot_be_served_is_refused_with_the_limit_in_the_message(engine_c
         engine.submit([1], SamplingParams(4))
     with pytest.raises(QueueFull, match="2 requests are waiting"):
         engine.submit([1], SamplingParams(4))
-    engine.stopping = True
+    engine.close(None)
     with pytest.raises(EngineStopped):
         engine.submit([1], SamplingParams(4))
 

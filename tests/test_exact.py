@@ -10,9 +10,11 @@ from conftest import by_hand, prompt, received
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbserver.baseline import SamplingParams, generate_tokens, load_model
+from cbserver.baseline import generate_tokens
 from cbserver.batch import BatchRunner, SlotCache, StaticEngine
 from cbserver.fast import FastStep
+from cbserver.model.load import load_model
+from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
 from cbserver.sequence import SequentialEngine, Status
 
@@ -48,16 +50,9 @@ class Recorded(FastStep):
                 graph.replay = lambda inputs=inputs: BatchRunner.read(self, *inputs)
 
 
-class Ahead(BatchRunner):
-    """As on a GPU: a pass is launched before the tokens of the one before it are delivered."""
-
-    def __init__(self, model, slots, max_len):
-        super().__init__(model, slots, max_len)
-        self.launched = [([], list)]
-
-
 # Every way to run a pass. On a CPU FastStep has no graphs of its own: those need a GPU.
-RUNNERS = {"plain": BatchRunner, "ahead": Ahead, "fused": FastStep, "recorded": Recorded}
+RUNNERS = {"plain": BatchRunner, "ahead": functools.partial(BatchRunner, ahead=True),
+           "fused": FastStep, "recorded": Recorded}
 ON_GPU = os.environ.get("CB_TEST_DEVICE") == "cuda"
 if ON_GPU:
     RUNNERS["recorded"] = functools.partial(FastStep, compiled=False)

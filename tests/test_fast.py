@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, by_hand, prompt
 
-from cbserver.baseline import SamplingParams, generate_tokens
+from cbserver.baseline import generate_tokens
 from cbserver.fast import FastStep
+from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
 
 
@@ -60,7 +61,8 @@ sys.path[:0] = ["tests"]
 from conftest import prompt
 from test_fast import FastStep, run
 import cbserver.fast as fast
-from cbserver.baseline import SamplingParams, generate_tokens, load_model
+from cbserver.baseline import generate_tokens
+from cbserver.model.load import load_model
 
 class Interpreted(FastStep):
     def fuse(self, gpu, kernel):

@@ -19,7 +19,7 @@ def ran(source, success=True, cell_id=None):
 
 @pytest.fixture
 def course(tmp_path):
-    for name in ("notebooks", "cbserver", "load"):
+    for name in ("notebooks", "cbserver", "load", "bench"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
@@ -136,12 +136,12 @@ cell("#| export\\nfrom cbserver.batch import StaticEngine")
 cell('''#| export
 class ContinuousEngine(StaticEngine):
     def submit(self, *request):
-        from cbserver.baseline import QueueFull
+        from cbserver.sequence import QueueFull
         raise QueueFull("closed by a learner")
 ''')
 cell("lesson.export_module()")
 url = cell("lesson.start(engine='continuous', model='random:tiny', max_batch=2)")
-from load.server import http
+from load.process import http
 print(http(f"{url}/v1/completions", {"prompt": "a"}))
 cell("lesson.stop()")
 import socket

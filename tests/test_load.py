@@ -15,13 +15,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from bench import compare, report
 from cbserver.metrics import RequestRecord, summarize
-from load import compare, report
+from load.process import LoadFailed, free_port, python_module
 from load.run import goodput, mean_in_flight, run_load, targets
-from load.server import LoadFailed, free_port, python_module
 from load.workload import LENGTHS, arrivals, workload
 
-TTFT, GAP, STALL = 0.2, 0.02, 0.6  # seconds, planted
+TTFT = 0.2  # seconds, planted
+GAP = 0.02
+STALL = 0.6
 
 
 class FakeServer(BaseHTTPRequestHandler):
@@ -32,8 +34,14 @@ class FakeServer(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
-    failures, usage, order, lock = {}, True, iter(range(10**9)), threading.Lock()
-    connections, pack, log, bodies = set(), 1, {}, []
+    failures = {}
+    usage = True
+    order = iter(range(10**9))
+    lock = threading.Lock()
+    connections = set()
+    pack = 1
+    log = {}
+    bodies = []
 
     def do_GET(self):
         known = {"/health": {}, "/v1/models": {"data": [{"id": "fake"}]}}
@@ -42,7 +50,8 @@ class FakeServer(BaseHTTPRequestHandler):
     def do_POST(self):
         self.connections.add(self.client_address)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.times, self.chat = [time.perf_counter()], "messages" in body
+        self.times = [time.perf_counter()]
+        self.chat = "messages" in body
         prompt = body["messages"][0]["content"] if self.chat else body["prompt"]
         self.log[str(prompt)] = self.times
         self.bodies.append((self.path, body))
@@ -102,7 +111,8 @@ class FakeServer(BaseHTTPRequestHandler):
 
 
 class Fleet(ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 128
+    daemon_threads = True
+    request_queue_size = 128
 
     def handle_error(self, request, address):
         """A client that went away is no news."""
@@ -188,7 +198,8 @@ def test_an_unknown_workload_is_refused_by_name():
 
 def test_every_request_is_counted_and_its_times_are_the_planted_ones(serve, tmp_path):
     result = run_load(serve(), tmp_path, users=8, spawn_rate=50, workload="short", requests=24)
-    records, summary = result["records"], result["summary"]
+    records = result["records"]
+    summary = result["summary"]
     assert sorted(r.index for r in records) == list(range(24))
     assert (summary["requests"], summary["failures"], summary["errors"]) == (24, 0, {})
     assert summary["completion_tokens"] == 24 * 16

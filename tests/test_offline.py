@@ -2,10 +2,13 @@
 import json
 
 import pytest
+from conftest import serving
 
-from load import ladder, offline, soak, users
-from load.results import order
-from load.server import LoadFailed
+from bench import ladder, offline, soak
+from bench.results import order
+from cbserver.scheduler import ContinuousEngine
+from load import client
+from load.process import LoadFailed
 from load.workload import token_workload
 
 
@@ -90,19 +93,15 @@ def test_a_soak_counts_who_left_who_failed_and_what_memory_did(tmp_path, capsys)
     assert all(row["failures"] == 0 and row["rss_mb"] > 50 for row in rows)
     assert result["at_rest"] == {"running": 0, "waiting": 0}, "every slot is free again"
     assert result["verdict"]["requests"] > 0 and "verdict" not in capsys.readouterr().err
-    soak.figure(result).savefig(tmp_path / "soak.png")
+    soak.soak_figure(result).savefig(tmp_path / "soak.png")
 
 
 def test_the_lean_users_see_refusals_cuts_and_every_token(tiny):
-    from test_server import serving
-
-    from cbserver.scheduler import ContinuousEngine
-
     requests = token_workload("uniform", 30, longest=24, vocab=511)
     with serving(ContinuousEngine(*tiny)) as url:
-        outcomes, seconds = users.run(url, requests, users=7)
+        outcomes, seconds = client.run(url, requests, users=7)
         assert [o.tokens for o in outcomes] == [r.max_tokens for r in requests] and seconds > 0
         assert all(o.error is None and o.start < o.event_times[0] for o in outcomes)
     with serving(ContinuousEngine(*tiny, max_len=20)) as url:
-        outcomes, _ = users.run(url, requests[:4], users=2)
+        outcomes, _ = client.run(url, requests[:4], users=2)
     assert [(o.status, o.error) for o in outcomes] == [(400, "HTTP 400")] * 4

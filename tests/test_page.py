@@ -5,15 +5,15 @@ import json
 import threading
 import time
 
-import browser
 import httpx
 import pytest
-from conftest import by_hand, prompt
-from test_server import held, serving
+from conftest import by_hand, held, prompt, serving
 
+from bench import browser
 from cbserver.batch import StaticEngine
+from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
-from cbserver.sequence import SamplingParams, SequentialEngine
+from cbserver.sequence import SequentialEngine
 from cbserver.server import create_app
 
 chromium = pytest.mark.skipif(browser.program() is None, reason="there is no Chromium here")
@@ -125,8 +125,7 @@ def test_the_page_is_open_and_the_feed_wants_the_key(tiny):
 
 def test_one_viewer_too_many_is_told_so_and_a_place_falls_free(tiny):
     engine = ContinuousEngine(*tiny, max_len=64)
-    app = create_app(engine)
-    app.state.feed.max_viewers = 1
+    app = create_app(engine, max_viewers=1)
     import lesson
 
     server = lesson.Server(app)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import ROOT, prompt
 
-from load.server import free_port, spawn, stop, tail
+from load.process import free_port, spawn, stop, tail
 
 pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
 pytestmark = pytest.mark.timeout(300)
@@ -33,7 +33,7 @@ class Cluster:
         self.client = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=None))
 
     def __enter__(self):
-        command = [Path(sys.executable).with_name("serve"), "run", "tools.ray_serve:app",
+        command = [Path(sys.executable).with_name("serve"), "run", "cbserver.on_ray:app",
                    "replicas=2", "model=random:tiny", f"port={self.port}", f"max_batch={SLOTS}",
                    f"max_waiting={WAITING}"]
         os.chdir(ROOT)
@@ -114,7 +114,8 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text_of(tiny):
     """(prompt, count) -> the text that `model.generate` alone would give."""
-    from cbserver.baseline import SamplingParams, generate_tokens
+    from cbserver.baseline import generate_tokens
+    from cbserver.model.sampling import SamplingParams
 
     return lambda tokens, count: tiny[1].decode(list(generate_tokens(
         tiny[0], tokens, SamplingParams(count, ignore_eos=True))), skip_special_tokens=True)
@@ -148,7 +149,7 @@ def test_a_queue_that_is_full_refuses(cluster):
 
 
 def test_a_setting_that_there_is_not_is_refused_by_name():
-    from tools.ray_serve import app
+    from cbserver.on_ray import app
 
     with pytest.raises(ValueError, match="max_bach"):
         app({"max_bach": "4"})

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from cbserver.baseline import SamplingParams, gumbel, sample
+from cbserver.model.sampling import SamplingParams, gumbel, sample
 
 MANY = 6000
 

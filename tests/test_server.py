@@ -1,47 +1,19 @@
 """The HTTP layer: every client its own tokens, bad requests a 4xx that names the limit."""
 import asyncio
-import contextlib
 import json
 import threading
 
 import httpx
-import lesson
 import pytest
-from conftest import by_hand, prompt
+from conftest import by_asgi, by_hand, held, prompt, serving
 
-import cbserver.server
-from cbserver.baseline import SamplingParams
 from cbserver.batch import StaticEngine
+from cbserver.http.text import Detokenizer
+from cbserver.http.text import pieces as pieces_of
+from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
 from cbserver.sequence import SequentialEngine
-from cbserver.server import Detokenizer, create_app
-
-
-@contextlib.contextmanager
-def serving(engine, **options):
-    server = lesson.Server(create_app(engine, **options))
-    try:
-        yield server.url
-    finally:
-        server.stop()
-
-
-@contextlib.contextmanager
-def held(engine, after=0):
-    """The engine's steps stand still after so many, until the event that is given here is set."""
-    go_on, step, count = threading.Event(), engine.step, [0]
-
-    def hold():
-        count[0] += 1
-        if count[0] > after:
-            go_on.wait(30)
-        step()
-
-    engine.step = hold
-    try:
-        yield go_on
-    finally:
-        go_on.set()
+from cbserver.server import create_app
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +76,7 @@ def test_tokens_that_came_while_a_stream_lagged_are_sent_together(tiny, referenc
         sequence = engine.submit(prompt(1, 5), SamplingParams(6, ignore_eos=True))
         while sequence.finish_reason is None:
             engine.step()
-        return [part async for part in cbserver.server.pieces(engine, sequence)]
+        return [part async for part in pieces_of(engine, sequence)]
 
     want = text_of(tiny[1], reference(prompt(1, 5), 6))
     assert asyncio.run(late()) == [(want, "length", 6)]
@@ -372,27 +344,6 @@ def test_metrics_count_every_request_once_by_the_names_that_dashboards_know(tiny
         assert line in text.splitlines(), line
 
 
-def by_asgi(app, engine, receive_more, send):
-    """One streaming request straight into the app, over a `send` and `receive` of the test's."""
-    body = json.dumps({"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True})
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
-             "headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": "2.3"}}
-    messages = [{"type": "http.request", "body": body.encode()}]
-
-    async def receive():
-        return messages.pop(0) if messages else await receive_more()
-
-    async def main():
-        async with app.router.lifespan_context(app):
-            await asyncio.wait_for(app(scope, receive, send), 30)
-            for _ in range(1000):
-                if engine.stats().running == 0:
-                    return
-                await asyncio.sleep(0.01)
-
-    asyncio.run(main())
-
-
 async def for_ever(message=None):
     await asyncio.Event().wait()
 
@@ -418,11 +369,12 @@ def test_a_client_that_never_reads_is_given_up_at_its_deadline(tiny):
 
     by_asgi(app, engine, for_ever, send)
     assert engine.stats().running == 0 and len(sent) == 3
-    assert app.state.metrics.registry.get_sample_value("e2e_request_latency_seconds_count") == 1
+    assert app.state.monitor.registry.get_sample_value("e2e_request_latency_seconds_count") == 1
 
 
 def pieces(tokenizer, tokens, stop=()):
-    detokenizer, out = Detokenizer(tokenizer, stop), []
+    detokenizer = Detokenizer(tokenizer, stop)
+    out = []
     for token in tokens:
         out.append(detokenizer.push(token))
         if detokenizer.stopped:

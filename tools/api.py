@@ -1,13 +1,9 @@
 """Fill in API.md's tables: every field that clients may send, from the server's own schema."""
 import json
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-from cbserver.server import ChatRequest, CompletionRequest  # noqa: E402
-from figures import write_readme  # noqa: E402
+from bench.figures import write_readme
+from bench.results import ROOT
+from cbserver.http.schema import ChatRequest, CompletionRequest
 
 
 def rows(model):

@@ -1,6 +1,8 @@
 """Usual mistakes of lesson 2, planted: see test_hints.py."""
 SLOW = {"c20", "c21", "m2", "m3", "m4", "m6", "c25"}  # what the check does not need
 MISTAKES = [
+    ("02", "l1", "c25b", ("length + params.max_tokens > max_len", "length > max_len"),
+     "count max_tokens", SLOW),
     ("02", "q2", "c09", (" or sent < len(self.generated_tokens):", ":"),
      "is all sent first?", {"c11"}),
     ("02", "q2", "c09", ("enumerate(self.generated_tokens[sent:], sent + 1)",

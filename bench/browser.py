@@ -26,7 +26,9 @@ class Browser:
     """One tab. `problems`: what it printed as an error or warning; ended on leaving the block."""
 
     def __init__(self, width=1200, height=900):
-        self.size, self.problems, self.ids = (width, height), [], itertools.count(1)
+        self.size = (width, height)
+        self.problems = []
+        self.ids = itertools.count(1)
 
     def __enter__(self):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -50,12 +52,15 @@ class Browser:
 
     def address(self):
         """The websocket of the first tab, once there is one (20 s at most)."""
-        port, limit = Path(self.profile.name) / "DevToolsActivePort", time.monotonic() + 20
+        port = Path(self.profile.name) / "DevToolsActivePort"
+        limit = time.monotonic() + 20
         while time.monotonic() < limit:
-            if port.exists() and (lines := port.read_text().split()):
+            lines = port.read_text().split() if port.exists() else []
+            if lines:
                 url = f"http://127.0.0.1:{lines[0]}/json"
                 tabs = json.loads(urllib.request.urlopen(url, timeout=10).read())
-                if pages := [tab for tab in tabs if tab["type"] == "page"]:
+                pages = [tab for tab in tabs if tab["type"] == "page"]
+                if pages:
                     return pages[0]["webSocketDebuggerUrl"]
             time.sleep(0.05)
         raise TimeoutError("Chromium did not start")

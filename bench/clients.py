@@ -13,13 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bench.results import DATA, ROOT, hardware, versions, write_json
+from load.process import ServerProcess
 
-from load.results import hardware, versions, write_json  # noqa: E402
-from load.server import ServerProcess  # noqa: E402
-
-KEY, REQUESTS, TOKENS = "sesame", 32, 24
+KEY = "sesame"
+REQUESTS = 32
+TOKENS = 24
 WHY = ("The planted server's first token has no text: load.run counts it, as the server does; "
        "guidellm's first token is the first with text, one gap of 20 ms later. Beside our server "
        "guidellm takes its CPU seconds from the cores that the model runs on.")
@@ -86,16 +85,23 @@ def agreement(url, folder):
 def side_by_side(url, folder):
     """{client: figures}, and by how many % load.run's differ from guidellm's."""
     runs = {"guidellm": [], "load.run": []}
+    clients = {"guidellm": by_guidellm, "load.run": by_load_run}
     for who in ("guidellm", "load.run", "load.run", "guidellm"):
         before = children_cpu()
-        measured = (by_guidellm if who == "guidellm" else by_load_run)(url, folder)
+        measured = clients[who](url, folder)
         runs[who].append(measured | {"client_cpu_s": children_cpu() - before})
-    both = {who: {name: round(sum(run[name] for run in mine) / len(mine), 2) for name in mine[0]}
-            for who, mine in runs.items()}
-    ours, theirs = both["load.run"], both["guidellm"]
-    return both | {"load.run against guidellm, %": {
-        name: round(100 * (ours[name] / theirs[name] - 1), 1) for name in theirs
-        if name != "client_cpu_s"}}
+    found = {who: means(mine) for who, mine in runs.items()}
+    ours = found["load.run"]
+    theirs = found["guidellm"]
+    found["load.run against guidellm, %"] = {
+        name: round(100 * (ours[name] / theirs[name] - 1), 1)
+        for name in theirs if name != "client_cpu_s"}
+    return found
+
+
+def means(runs):
+    """The mean of each figure over the runs."""
+    return {name: round(sum(run[name] for run in runs) / len(runs), 2) for name in runs[0]}
 
 
 def children_cpu():
@@ -107,11 +113,13 @@ def children_cpu():
 def by_guidellm(url, folder):
     """Its medians under our names: what it calls inter-token latency is one value a request."""
     found = run_guidellm(url, folder, 96, 64, "/v1/completions")
-    m = {name: part["successful"] for name, part in found.items() if "successful" in (part or {})}
-    return {"ttft_ms": m["time_to_first_token_ms"]["median"],
-            "tpot_ms": m["inter_token_latency_ms"]["median"],
-            "e2e_ms": 1e3 * m["request_latency"]["median"],
-            "tokens_per_s": m["output_tokens_per_second"]["mean"]}
+
+    def of(name, statistic="median"):
+        return found[name]["successful"][statistic]
+
+    return {"ttft_ms": of("time_to_first_token_ms"), "tpot_ms": of("inter_token_latency_ms"),
+            "e2e_ms": 1e3 * of("request_latency"),
+            "tokens_per_s": of("output_tokens_per_second", "mean")}
 
 
 def by_load_run(url, folder):
@@ -121,8 +129,8 @@ def by_load_run(url, folder):
                           env=os.environ | {"CBSERVER_API_KEY": KEY})
     assert done.returncode == 0, done.stderr
     summary, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{"):])
-    return {name: summary[name]["p50"] for name in ("ttft_ms", "tpot_ms", "e2e_ms")} | {
-        "tokens_per_s": summary["tokens_per_s"]}
+    figures = {name: summary[name]["p50"] for name in ("ttft_ms", "tpot_ms", "e2e_ms")}
+    return figures | {"tokens_per_s": summary["tokens_per_s"]}
 
 
 def vllm(url, folder):
@@ -152,8 +160,9 @@ def run(command, **env):
 
 def model_folder():
     """SmolLM2's tokenizer as a folder, for tools that count tokens themselves."""
-    done = subprocess.run([sys.argv[1], "-c", "from cbserver.baseline import embedded_smollm2 as f;"
-                           "print(f())"], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = "from cbserver.model.load import embedded_smollm2; print(embedded_smollm2())"
+    done = subprocess.run([sys.argv[1], "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -174,7 +183,7 @@ def main():
             print(f"{name}: ", end="", flush=True)
             result["clients"][name] = client(server.url, folder)
             print(result["clients"][name], flush=True)
-    write_json(result, ROOT / "figures" / "data" / "clients.json")
+    write_json(result, DATA / "clients.json")
     print("figures/data/clients.json")
 
 

@@ -1,31 +1,28 @@
 """Pictures of the live page under load, for the README: figures/live-*.png.
 
-    python tools/page.py
+    python -m bench.page
 """
 import contextlib
 import os
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from bench.browser import Browser
+from bench.results import ROOT
+from load import client
+from load.process import ServerProcess, python_module
+from load.workload import token_workload, vocabulary
 
-import browser  # noqa: E402
-
-from load import users as crowd  # noqa: E402
-from load.server import ServerProcess, python_module  # noqa: E402
-from load.workload import token_workload, vocabulary  # noqa: E402
-
-USERS, SLOTS = 24, 12
+USERS = 24
+SLOTS = 12
 VIEWS = {"light": (1180, 640, False), "dark": (1180, 640, True), "narrow": (360, 740, False)}
 
 
 def ask(url, requests):
     with contextlib.suppress(OSError):  # the server ends before they have asked all
-        crowd.run(url, requests, USERS)
+        client.run(url, requests, USERS)
 
 
 def pictures(engine, model, folder):
@@ -33,7 +30,7 @@ def pictures(engine, model, folder):
     requests = token_workload("uniform", 400, 3, 160, vocabulary(model))
     command = python_module("cbserver", "--engine", engine, "--model", model,
                             "--max-batch", SLOTS, "--max-len", 512)
-    with ServerProcess(command, folder / "server.log") as server, browser.Browser() as page:
+    with ServerProcess(command, folder / "server.log") as server, Browser() as page:
         page.resize(*VIEWS["light"])
         page.open(f"{server.url}/")
         threading.Thread(target=ask, args=(server.url, requests), daemon=True).start()

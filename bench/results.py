@@ -4,17 +4,24 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "figures" / "data"
 
 
 def hardware():
     """The GPU's name, or the CPU's and its number of cores."""
-    if (gpu := first_gpu()) is not None:
-        import pynvml
+    gpu = first_gpu()
+    if gpu is None:
+        return f"{os.cpu_count()} CPU cores ({cpu_name()})"
 
-        name = pynvml.nvmlDeviceGetName(gpu)
-        return name.decode() if isinstance(name, bytes) else name
-    return f"{os.cpu_count()} CPU cores ({cpu_name()})"
+    import pynvml
+
+    name = pynvml.nvmlDeviceGetName(gpu)
+    return name.decode() if isinstance(name, bytes) else name
 
 
 def cpu_name():
@@ -33,8 +40,10 @@ def first_gpu():
 
         pynvml.nvmlInit()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        handle = (pynvml.nvmlDeviceGetHandleByIndex(int(visible)) if visible.isdigit()
-                  else pynvml.nvmlDeviceGetHandleByUUID(visible.encode()))
+        if visible.isdigit():
+            handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+        else:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(visible.encode())
         pynvml.nvmlDeviceGetUtilizationRates(handle)  # a slice of a GPU refuses this
         return handle
     except Exception:  # no package, no driver, no device: all mean "no GPU to watch"
@@ -50,10 +59,21 @@ def versions(*packages):
     return found
 
 
+def command_line(module, arguments=None):
+    """What a reader types to run this again; arguments: None for those of this process."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["python", "-m", module, *map(str, words)])
+
+
 def order(cases, repeats):
     """[(repeat, case), ...]; odd repeats run backwards, so that no case is always the first."""
-    return [(repeat, case) for repeat in range(repeats)
-            for case in (list(cases)[::-1] if repeat % 2 else cases)]
+    forwards = list(cases)
+    backwards = forwards[::-1]
+    runs = []
+    for repeat in range(repeats):
+        for case in backwards if repeat % 2 else forwards:
+            runs.append((repeat, case))
+    return runs
 
 
 def write_json(result, path):

@@ -1,6 +1,6 @@
 """Figures and tables out of the JSON of a comparison; one style for every picture of the course.
 
-    python -m load.report figures/data/compare-cpu.json --out figures
+    python -m bench.report figures/data/compare-cpu.json --out figures
 """
 import argparse
 import base64
@@ -43,7 +43,8 @@ def tail_name(result):
 
 def device(result):
     """`CPU` or `GPU`."""
-    return next(numbers["utilization"]["kind"] for _, numbers in arms_of(result)).upper()
+    _, numbers = arms_of(result)[0]
+    return numbers["utilization"]["kind"].upper()
 
 
 def setting(result):
@@ -87,35 +88,46 @@ def utilization_figure(result):
 def concurrency_figure(result):
     """Throughput, TTFT and goodput against users, with the knee; without data: how to get it."""
     levels = result.get("sweep") or []
-    good = [level["goodput"] for level in levels if "goodput" in level]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-        users = [level["users"] for level in levels]
-        for axes, label, values in zip(panels, ("tokens/s", "TTFT p50, seconds", "requests/s"), (
-                [level["tokens_per_s"] for level in levels],
-                [(level["ttft_ms"]["p50"] or 0) / 1e3 for level in levels],
-                [level["requests_per_s"] for level in levels] if good else [])):
-            axes.plot(users[:len(values)], values, "o-", color=COLORS["continuous"], label="all")
-            axes.set(xlabel="users at once", ylabel=label, xlim=(0, None))
-            if levels:
-                axes.axvline(knee(levels), color="#555555", ls="--", lw=1)
-        if good:
-            met = ", ".join(f"{name.upper()} ≤ {limit:g} ms"
-                            for name, limit in good[0]["targets_ms"].items())
-            panels[2].plot(users, [g["requests_per_s"] for g in good], "s--", color="#D55E00",
-                           label=f"goodput: {met}")
-            panels[2].legend(fontsize=8)
-        else:
-            missing(panels[2:], "--goodput ttft:500 tpot:100\n--sweep 1,2,4,8,16,32,50")
+        speeds, waits, goodputs = panels
+        draw_level(speeds, levels, "tokens/s", [level["tokens_per_s"] for level in levels])
+        draw_level(waits, levels, "TTFT p50, seconds",
+                   [(level["ttft_ms"]["p50"] or 0) / 1e3 for level in levels])
+        draw_goodput(goodputs, [level for level in levels if "goodput" in level])
         for axes in panels:
             axes.set_ylim(0, None)
+            if levels:
+                axes.axvline(knee(levels), color="#555555", ls="--", lw=1)
         if levels:
-            panels[0].annotate(f" the knee: {knee(levels)} users", (knee(levels), 0), (4, 6),
-                               textcoords="offset points", fontsize=9, color="#555555")
+            speeds.annotate(f" the knee: {knee(levels)} users", (knee(levels), 0), (4, 6),
+                            textcoords="offset points", fontsize=9, color="#555555")
         else:
-            missing(panels[:2], "--sweep 1,2,4,8,16,32,50")
-        sweep = result | {"workload": result["workload"] | {"users": "more and more"}}
-        return titled(figure, "More users: more tokens, until the slots are full", sweep)
+            missing([speeds, waits], "--sweep 1,2,4,8,16,32,50")
+        workload = result["workload"] | {"users": "more and more"}
+        return titled(figure, "More users: more tokens, until the slots are full",
+                      result | {"workload": workload})
+
+
+def draw_level(axes, levels, label, values):
+    """One value of a sweep against its users."""
+    users = [level["users"] for level in levels]
+    axes.plot(users, values, "o-", color=COLORS["continuous"], label="all")
+    axes.set(xlabel="users at once", ylabel=label, xlim=(0, None))
+
+
+def draw_goodput(axes, levels):
+    """Requests/s of a sweep, and those of them that met every target."""
+    draw_level(axes, levels, "requests/s", [level["requests_per_s"] for level in levels])
+    if not levels:
+        missing([axes], "--goodput ttft:500 tpot:100\n--sweep 1,2,4,8,16,32,50")
+        return
+    targets = levels[0]["goodput"]["targets_ms"]
+    met = ", ".join(f"{name.upper()} ≤ {limit:g} ms" for name, limit in targets.items())
+    axes.plot([level["users"] for level in levels],
+              [level["goodput"]["requests_per_s"] for level in levels], "s--", color="#D55E00",
+              label=f"goodput: {met}")
+    axes.legend(fontsize=8)
 
 
 def knee(levels):
@@ -127,31 +139,36 @@ def knee(levels):
 def missing(panels, option):
     """A panel without data names what makes it."""
     for axes in panels:
-        axes.text(0.5, 0.5, f"no data yet:\npython -m load.compare\n{option}", fontsize=8,
+        axes.text(0.5, 0.5, f"no data yet:\npython -m bench.compare\n{option}", fontsize=8,
                   ha="center", va="center", transform=axes.transAxes, color="#555555")
 
 
 def itl_figure(result):
     """How the gaps between tokens are distributed, a line for each arm."""
+    histograms = {name: numbers["itl_histogram"] for name, numbers in arms_of(result)
+                  if sum(numbers.get("itl_histogram", []))}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-        drawn = [(name, numbers["itl_histogram"]) for name, numbers in arms_of(result)
-                 if sum(numbers.get("itl_histogram", []))]
-        for name, counts in drawn:
+        for name, counts in histograms.items():
             share = [100 * count / sum(counts) for count in counts]
             axes.stairs(share, EDGES, color=COLORS[name], lw=1.8, label=name)
         axes.set(xscale="log", xlabel="ms between two tokens of a stream",
                  ylabel="% of all gaps, in bins 25 % wide")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        if drawn:
-            seen = [i for _, counts in drawn for i, count in enumerate(counts) if count]
+        plain_numbers(axes.xaxis)
+        if histograms:
+            seen = [i for counts in histograms.values() for i, count in enumerate(counts) if count]
             axes.set_xlim(EDGES[min(seen)] / 1.2, EDGES[max(seen) + 1] * 1.2)
             axes.legend()
         else:
             missing([axes], f"--arms {','.join(result['arms'])}")
         return titled(figure, "Gaps between tokens", result)
+
+
+def plain_numbers(axis):
+    """On a log axis 0.5 and 200, not powers of ten."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def overview_figure(result):
@@ -184,9 +201,11 @@ def draw_throughput(axes, result):
         # Whiskers from the slowest to the fastest repeat, where there is more than one.
         spread = [[value - min(repeats)], [max(repeats) - value]] if len(repeats) > 1 else None
         axes.bar(x, value, 0.65, color=COLORS[name], yerr=spread, capsize=4)
-        ratio = f"\n{value / base:.1f}×" if base and name != "sequential" else ""
-        axes.annotate(f"{value:.{0 if value >= 100 else 1}f}{ratio}", (x, max(value, *repeats)),
-                      (0, 4), textcoords="offset points", ha="center", va="bottom",
+        label = f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+        if base and name != "sequential":
+            label += f"\n{value / base:.1f}×"
+        axes.annotate(label, (x, max(value, *repeats)), (0, 4), textcoords="offset points",
+                      ha="center", va="bottom",
                       fontweight="bold" if name == "continuous" else None)
     axes.set_xticks(range(len(arms)), [name for name, _ in arms])
     axes.set(ylabel="tokens/s, all users together")
@@ -198,21 +217,27 @@ def draw_throughput(axes, result):
 
 def draw_latencies(pair, result):
     """TTFT on the first axes and E2E on the second, arms from top to bottom."""
-    titles = {"ttft_ms": "Time to first token", "e2e_ms": "End-to-end latency"}
-    values = [[numbers[key][q] / 1e3 for _, numbers in arms_of(result) for q in ("p50", "p99")
-               if numbers[key][q]] or [1] for key in titles]
-    wide = any(max(some) > 20 * min(some) for some in values)  # one kind of axis for both panels
-    for axes, (key, title), some in zip(pair, titles.items(), values):
+    first_token, whole = pair
+    ranges = {key: latency_range(result, key) for key in ("ttft_ms", "e2e_ms")}
+    wide = any(high > 20 * low for low, high in ranges.values())  # one kind of axis for both
+    for axes, key, title in ((first_token, "ttft_ms", "Time to first token"),
+                             (whole, "e2e_ms", "End-to-end latency")):
         draw_latency(axes, result, key)
         axes.set_title(title)
-        low, high = min(some), max(some)
+        low, high = ranges[key]
         if wide:  # room on the right is for the labels
             axes.set(xscale="log", xlim=(low / 1.5, high * max(high / low, 20) ** 0.85))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            plain_numbers(axes.xaxis)
         else:
             axes.set_xlim(0, 1.75 * high)
-    pair[1].tick_params(labelleft=False)
+    whole.tick_params(labelleft=False)
+
+
+def latency_range(result, key):
+    """(smallest, largest) of what is drawn of one latency, in seconds."""
+    ms = [numbers[key][q] for _, numbers in arms_of(result) for q in ("p50", "p99")]
+    found = [value / 1e3 for value in ms if value]
+    return min(found, default=1), max(found, default=1)
 
 
 def draw_latency(axes, result, key):
@@ -235,12 +260,18 @@ def draw_latency(axes, result, key):
 
 def seconds(value):
     """Three digits are enough: `0.213`, `4.21`, `231`."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f"{value:.{digits}f}"
+    if value >= 100:
+        return f"{value:.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    if value >= 1:
+        return f"{value:.2f}"
+    return f"{value:.3f}"
 
 
 def draw_utilization(axes, name, usage):
-    x, y = zip(*usage["series"]) if usage["series"] else ((), ())
+    x = [second for second, _ in usage["series"]]
+    y = [percent for _, percent in usage["series"]]
     what = "GPU, % of the time" if usage["kind"] == "gpu" else "server, % of all cores"
     axes.fill_between(x, y, color=COLORS[name], alpha=0.35, lw=0)
     axes.plot(x, y, color=COLORS[name], lw=1.2, label=what)
@@ -267,8 +298,8 @@ def rows(result):
 
 
 def row(name, numbers):
-    latencies = [numbers[key][q] for key in ("ttft_ms", "e2e_ms") for q in ("p50", "p99")]
     usage = numbers["utilization"]["mean"]
+    latencies = [numbers[key][q] for key in ("ttft_ms", "e2e_ms") for q in ("p50", "p99")]
     return [name, f"{numbers['tokens_per_s']:.1f}", f"{numbers['requests_per_s']:.2f}",
             *("–" if ms is None else f"{seconds(ms / 1e3)} s" for ms in latencies),
             "–" if usage is None else f"{usage:.0f} %", str(numbers["failures"])]
@@ -282,20 +313,24 @@ def table(result):
 
 
 def text_table(result):
-    """The table for a terminal, in columns."""
+    """The table for a terminal, in columns: the first one's words to the left."""
     lines = rows(result)
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    return "\n".join("  ".join([cells[0].ljust(widths[0]),
-                                *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))])
-                     for cells in lines)
+    first, *others = [max(len(cell) for cell in column) for column in zip(*lines)]
+    aligned = []
+    for name, *cells in lines:
+        right = [cell.rjust(width) for cell, width in zip(cells, others)]
+        aligned.append("  ".join([name.ljust(first), *right]))
+    return "\n".join(aligned)
 
 
 def ratios(result):
     """How many times the tokens/s of every other arm continuous batching has, a line each."""
     speeds = {name: numbers["tokens_per_s"] for name, numbers in arms_of(result)}
     mine = speeds.pop("continuous", None)
+    if not mine:
+        return ""
     return "\n".join(f"continuous ÷ {name}: {mine / speed:.2f}×"
-                     for name, speed in speeds.items() if mine and speed)
+                     for name, speed in speeds.items() if speed)
 
 
 def notes(result):
@@ -325,23 +360,34 @@ def checks(result):
     mean time in the system, by the client's log. The roofline: no step is faster than its weights
     can be read.
     """
+    roof = result.get("roofline")
     found = []
     for name, numbers in arms_of(result):
-        runs = [run for run in numbers["repeats"] if run.get("in_flight")]
-        if runs:  # the repeat in which the two differ most
-            run = max(runs, key=lambda run: abs(run["client_in_flight"] - run["in_flight"]))
-            law = run["client_in_flight"]
-            found.append((f"{name}: {run['in_flight']:.1f} requests in flight by the server's "
-                          f"count; arrival rate × mean latency, by the client's log: {law:.1f}",
-                          abs(law - run["in_flight"]) <= 0.15 * law + 0.5))
-        if roof := result.get("roofline"):
-            rows = 1 if name in ("sequential", "one-slot") else roof["slots"]
-            limit = rows * roof["bandwidth_gb_s"] / roof["weights_gb"]
-            speed = max(run["tokens_per_s"] for run in numbers["repeats"])
-            found.append((f"{name}: {speed:,.1f} tokens/s of at most {limit:,.0f} ({rows} rows × "
-                          f"{roof['bandwidth_gb_s']:.0f} GB/s ÷ {roof['weights_gb']:.2f} GB of "
-                          "weights)", speed <= limit))
+        counted = [run for run in numbers["repeats"] if run.get("in_flight")]
+        if counted:
+            found.append(littles_law(name, counted))
+        if roof:
+            found.append(roofline(name, numbers["repeats"], roof))
     return found
+
+
+def littles_law(name, runs):
+    """(sentence, whether it holds), of the repeat in which the two counts differ most."""
+    run = max(runs, key=lambda run: abs(run["client_in_flight"] - run["in_flight"]))
+    law = run["client_in_flight"]
+    sentence = (f"{name}: {run['in_flight']:.1f} requests in flight by the server's count; "
+                f"arrival rate × mean latency, by the client's log: {law:.1f}")
+    return sentence, abs(law - run["in_flight"]) <= 0.15 * law + 0.5
+
+
+def roofline(name, runs, roof):
+    """(sentence, whether it holds), of the fastest repeat."""
+    rows = 1 if name in ("sequential", "one-slot") else roof["slots"]
+    limit = rows * roof["bandwidth_gb_s"] / roof["weights_gb"]
+    speed = max(run["tokens_per_s"] for run in runs)
+    sentence = (f"{name}: {speed:,.1f} tokens/s of at most {limit:,.0f} ({rows} rows × "
+                f"{roof['bandwidth_gb_s']:.0f} GB/s ÷ {roof['weights_gb']:.2f} GB of weights)")
+    return sentence, speed <= limit
 
 
 FORMULAS = [
@@ -363,47 +409,79 @@ FORMULAS = [
 
 def page(result, folder):
     """The report as one self-contained HTML page; Locust's own reports are linked from it."""
-    def picture(draw):
-        data = io.BytesIO()
-        draw(result).savefig(data, format="png", dpi=110)
-        return (f'<img alt="{draw.__doc__.splitlines()[0]}" src="data:image/png;base64,'
-                f'{base64.b64encode(data.getvalue()).decode()}">')
-
-    def grid(lines):
-        cells = [[html.escape(cell) for cell in line] for line in lines]
-        head, *body = ["".join(f"<{tag}>{cell}</{tag}>" for cell in line) for line, tag in
-                       zip(cells, ["th"] + ["td"] * len(cells))]
-        return f"<table><tr>{'</tr><tr>'.join([head, *body])}</tr></table>"
-
-    spread = [["arm", "repeats", "tokens/s, each", "TTFT p50 / p90 / p99", "E2E p50 / p90 / p99",
-               "server, % of a core", "client, % of a core", "goodput, requests/s"]]
-    for name, numbers in arms_of(result):
-        runs = numbers["repeats"]
-        spread.append([name, str(len(runs)), ", ".join(f"{r['tokens_per_s']:.1f}" for r in runs),
-                       *(" / ".join("–" if (ms := numbers[key][q]) is None else seconds(ms / 1e3)
-                                    for q in ("p50", "p90", "p99")) + " s"
-                         for key in ("ttft_ms", "e2e_ms")),
-                       *("–" if numbers[cpu] is None else f"{numbers[cpu]:.0f}"
-                         for cpu in ("server_cpu", "client_cpu")),
-                       ", ".join(str(r["goodput"]["requests_per_s"]) for r in runs
-                                 if "goodput" in r) or "–"])
-    links = [f'<a href="{name}-1.html">{name}</a>' for name, _ in arms_of(result)
-             if (folder / f"{name}-1.html").exists()]
-    facts = [f"{key}: {value}" for key, value in result["workload"].items()]
-    facts += [f"{key} {value}" for key, value in result["versions"].items()]
-    verdicts = [f"<li>{'✓' if holds else '<b>✗ flagged:</b>'} {html.escape(text)}</li>"
-                for text, holds in checks(result)]
+    smaller = (latency_figure, itl_figure, concurrency_figure, utilization_figure)
     return PAGE.format(
         title=html.escape(setting(result)),
         ratios=html.escape(ratios(result)).replace("\n", "<br>"),
-        overview=picture(overview_figure), table=grid(rows(result)), spread=grid(spread),
-        figures="".join(map(picture, (latency_figure, itl_figure, concurrency_figure,
-                                      utilization_figure))),
-        checks="".join(verdicts) or "<li>no data for them in this run</li>",
+        overview=picture(overview_figure, result), table=grid(rows(result)),
+        spread=grid(every_repeat(result)),
+        figures="".join(picture(draw, result) for draw in smaller),
+        checks=verdicts(result),
         notes="".join(f"<li>{html.escape(line)}</li>" for line in notes(result).splitlines()),
-        formulas=grid([("number", "how it is computed"), *FORMULAS]), links=" · ".join(links),
-        facts=html.escape(" · ".join(facts)), command=html.escape(result["command"]),
-        date=html.escape(result["date"]))
+        formulas=grid([("number", "how it is computed"), *FORMULAS]),
+        links=" · ".join(links(result, folder)), facts=html.escape(" · ".join(facts(result))),
+        command=html.escape(result["command"]), date=html.escape(result["date"]))
+
+
+def picture(draw, result):
+    """A figure as an <img> that holds its own data."""
+    data = io.BytesIO()
+    draw(result).savefig(data, format="png", dpi=110)
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img alt="{draw.__doc__.splitlines()[0]}" src="data:image/png;base64,{encoded}">'
+
+
+def grid(lines):
+    """Lines of cells as a <table>, the first one its head."""
+    head, *body = lines
+    written = [grid_line(head, "th"), *(grid_line(line, "td") for line in body)]
+    return f"<table>{''.join(written)}</table>"
+
+
+def grid_line(cells, tag):
+    inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    return f"<tr>{inside}</tr>"
+
+
+def every_repeat(result):
+    """Header and one row an arm: each repeat's speed, and more of its latencies."""
+    lines = [["arm", "repeats", "tokens/s, each", "TTFT p50 / p90 / p99", "E2E p50 / p90 / p99",
+              "server, % of a core", "client, % of a core", "goodput, requests/s"]]
+    for name, numbers in arms_of(result):
+        runs = numbers["repeats"]
+        speeds = [f"{run['tokens_per_s']:.1f}" for run in runs]
+        goodputs = [str(run["goodput"]["requests_per_s"]) for run in runs if "goodput" in run]
+        line = [name, str(len(runs)), ", ".join(speeds)]
+        for key in ("ttft_ms", "e2e_ms"):
+            quantiles = [numbers[key][q] for q in ("p50", "p90", "p99")]
+            written = ["–" if ms is None else seconds(ms / 1e3) for ms in quantiles]
+            line.append(" / ".join(written) + " s")
+        for key in ("server_cpu", "client_cpu"):
+            line.append("–" if numbers[key] is None else f"{numbers[key]:.0f}")
+        line.append(", ".join(goodputs) or "–")
+        lines.append(line)
+    return lines
+
+
+def verdicts(result):
+    """The cross-checks as <li>; one that does not hold is flagged."""
+    items = []
+    for sentence, holds in checks(result):
+        mark = "✓" if holds else "<b>✗ flagged:</b>"
+        items.append(f"<li>{mark} {html.escape(sentence)}</li>")
+    return "".join(items) or "<li>no data for them in this run</li>"
+
+
+def links(result, folder):
+    """Links to Locust's reports that lie in the folder."""
+    return [f'<a href="{name}-1.html">{name}</a>' for name, _ in arms_of(result)
+            if (folder / f"{name}-1.html").exists()]
+
+
+def facts(result):
+    """Workload and versions, a phrase each."""
+    return [*(f"{key}: {value}" for key, value in result["workload"].items()),
+            *(f"{key} {value}" for key, value in result["versions"].items())]
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -428,19 +506,24 @@ def save_figures(result, out, stem):
     """Write every picture that there is data for as `out`/`stem`….png: list[Path]."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    without = [] if result.get("sweep") else ["-concurrency"]
+    without = set()
+    if not result.get("sweep"):
+        without.add("-concurrency")
     if not all("itl_histogram" in numbers for _, numbers in arms_of(result)):
-        without.append("-itl")
-    paths = {out / f"{stem}{end}.png": draw for end, draw in FIGURES.items() if end not in without}
-    for path, draw in paths.items():
-        draw(result).savefig(path)
-    return list(paths)
+        without.add("-itl")
+    paths = []
+    for end, draw in FIGURES.items():
+        if end not in without:
+            path = out / f"{stem}{end}.png"
+            draw(result).savefig(path)
+            paths.append(path)
+    return paths
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m load.report",
+    parser = argparse.ArgumentParser(prog="python -m bench.report",
                                      description=__doc__.split("\n")[0])
-    parser.add_argument("results", nargs="+", type=Path, help="JSON files of load.compare")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of bench.compare")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNGs")
     options = parser.parse_args(arguments)
     for path in options.results:

@@ -17,7 +17,7 @@ ROUTES = ("in turn", "two choices", "least loaded")
 
 @dataclass(frozen=True)
 class StepModel:
-    """How long a step takes, in seconds; `load.capacity` fits it to measured steps.
+    """How long a step takes, in seconds; `bench.steps.fit` fits it to measured steps.
 
     decode: ((rows, seconds), ...), by rows, at span 0; between two of them it is linear.
     per_key: for each row and position that a step looks back. per_pass, per_token: for prompts,
@@ -40,16 +40,20 @@ class StepModel:
 
     def on_the_way(self, most):
         """Seconds of HTTP for 0, 1, … `most` requests in flight; level beyond what was measured."""
-        (first, _), (last, _) = self.overhead[0], self.overhead[-1]
-        return [between(self.overhead, min(max(n, first), last)) for n in range(most + 1)]
+        counts = [n for n, _ in self.overhead]
+        measured = [min(max(n, counts[0]), counts[-1]) for n in range(most + 1)]
+        return [between(self.overhead, n) for n in measured]
 
 
 def between(points, x):
     """The line through sorted (x, y) points; beyond the ends, the last two go on."""
     if len(points) == 1:
         return points[0][1]
-    i = next((i for i, (right, _) in enumerate(points) if right >= x), len(points) - 1)
-    (x0, y0), (x1, y1) = points[max(i, 1) - 1], points[max(i, 1)]
+    i = 1
+    while i < len(points) - 1 and points[i][0] < x:
+        i += 1
+    x0, y0 = points[i - 1]
+    x1, y1 = points[i]
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
@@ -70,13 +74,25 @@ class Replica:
     """
 
     def __init__(self, model, slots, budget, lengths):
-        self.model, self.budget, self.lengths = model, budget, lengths
-        self.base, self.all_slots = model.by_rows(slots), (1 << slots) - 1
-        self.used = self.decoding = 0  # bit i: slot i is taken; its prompt is read
-        self.step = self.rows = self.span = 0
-        self.waiting, self.unread, self.first = deque(), deque(), []
-        self.ends, self.reach = [], {}  # heap of (step, slot, request); slot: position - step
-        self.begin, self.due, self.planned, self.busy = 0.0, None, 0, 0.0
+        self.model = model
+        self.budget = budget
+        self.lengths = lengths
+        self.base = model.by_rows(slots)
+        self.all_slots = (1 << slots) - 1
+        self.used = 0  # bit i: slot i is taken
+        self.decoding = 0  # bit i: the prompt in slot i is read
+        self.waiting = deque()  # requests
+        self.unread = deque()  # [slot, prompt tokens read, request]
+        self.first = []  # requests that get their first token when this step ends
+        self.ends = []  # heap of (step, slot, request)
+        self.reach = {}  # slot: its sequence's position, less the number of the step
+        self.step = 0  # steps so far
+        self.rows = 0  # of this step
+        self.span = 0  # how far back its farthest row looks
+        self.planned = 0  # like steps in a row, from `begin` to `due`
+        self.begin = 0.0
+        self.due = None
+        self.busy = 0.0  # seconds so far
 
     def comes(self, request, now):
         """A request arrives; if there is a slot for it, the present run of steps ends sooner."""
@@ -84,12 +100,14 @@ class Replica:
         if self.due is None:
             self.plan(now)
         elif self.planned > 1 and self.used != self.all_slots:
-            steps = min(self.planned, max(1, self.steps_until(now)))
-            self.planned, self.due = steps, self.begin + self.duration(steps)
+            self.planned = min(self.planned, max(1, self.steps_until(now)))
+            self.due = self.begin + self.duration(self.planned)
 
     def step_ends(self):
         """Now is `due`: ([requests with their first token], [requests that are done])."""
-        now, first, done = self.due, self.first, []
+        now = self.due
+        first = self.first
+        done = []
         self.busy += now - self.begin
         self.step += self.planned
         self.first = []
@@ -104,23 +122,30 @@ class Replica:
 
     def plan(self, now):
         """What begins now: a step that reads prompts, or steps up to the next end of a request."""
-        while self.waiting and self.used != self.all_slots:
-            slot = (~self.used & (self.used + 1)).bit_length() - 1  # the lowest free one
-            self.used |= 1 << slot
-            self.unread.append([slot, 0, self.waiting.popleft()])
-        reads = bool(self.unread)
-        self.begin, reading = now, self.read() if reads else 0.0
-        self.rows = self.decoding.bit_length()
-        self.span = self.step + max(self.reach.values()) if self.reach else 0
+        self.admit()
         if not self.used:
             self.due = None
             return
+        self.begin = now
+        reads = bool(self.unread)
+        reading = self.read() if reads else 0.0
+        self.rows = self.decoding.bit_length()
+        self.span = self.step + max(self.reach.values()) if self.reach else 0
         self.planned = 1 if reads else self.ends[0][0] - self.step
         self.due = now + reading + self.duration(self.planned)
 
+    def admit(self):
+        """Those who wait take the free slots, the lowest first."""
+        while self.waiting and self.used != self.all_slots:
+            lowest = ~self.used & (self.used + 1)  # the one bit of the lowest free slot
+            self.used |= lowest
+            self.unread.append([lowest.bit_length() - 1, 0, self.waiting.popleft()])
+
     def read(self):
         """Prompts within the budget, the first ones first; seconds. Whole ones decode at once."""
-        left, pieces, rest = self.budget, [], deque()
+        left = self.budget
+        pieces = []
+        rest = deque()
         for entry in self.unread:
             slot, start, request = entry
             prompt, wanted = self.lengths[request % len(self.lengths)]
@@ -147,7 +172,8 @@ class Replica:
 
     def steps_until(self, now):
         """After how many steps the first boundary at or after `now` comes."""
-        slope, past = self.model.per_key * self.rows, now - self.begin
+        slope = self.model.per_key * self.rows
+        past = now - self.begin
         b = self.base[self.rows] + slope * (self.span - 0.5)
         if slope <= 0:
             return math.ceil(past / b - 1e-9)
@@ -158,11 +184,14 @@ class Router:
     """Which replica gets the next request. route: one of ROUTES."""
 
     def __init__(self, route, count, draw):
-        if route not in ROUTES:
+        routes = {"in turn": self.in_turn, "two choices": self.two_choices,
+                  "least loaded": self.least_loaded}
+        if route not in routes:
             raise ValueError(f"There is no route {route!r}; there are {', '.join(ROUTES)}.")
-        self.pick = {"in turn": self.in_turn, "two choices": self.two_choices,
-                     "least loaded": self.least_loaded}[route]
-        self.load, self.draw, self.last = [0] * count, draw, -1
+        self.pick = routes[route]
+        self.draw = draw
+        self.last = -1
+        self.load = [0] * count  # requests in flight at each replica
         self.by_load = [dict.fromkeys(range(count))]  # [load] -> replicas, the longest there first
 
     def in_turn(self):
@@ -176,7 +205,9 @@ class Router:
         return a if self.load[a] <= self.load[b] else b
 
     def least_loaded(self):
-        return next(iter(next(filter(None, self.by_load))))
+        for replicas in self.by_load:
+            if replicas:
+                return next(iter(replicas))
 
     def add(self, replica, change):
         """A request more or less in flight there."""
@@ -220,44 +251,93 @@ def simulate(model, lengths, users, requests, replicas=1, slots=16, budget=512,
         def thinks(_):
             return draw.expovariate(1 / think) if think else 0.0
     servers = [Replica(model, slots, budget, lengths) for _ in range(replicas)]
-    router, steps = Router(route, replicas, random.Random(f"route {seed}")), []
-    start, first, end = (array("d", [math.nan]) * requests for _ in range(3))
-    at, number, inside = array("i", [0]) * requests, min(users, requests), 0
-    overhead = model.on_the_way(max(n for n, _ in model.overhead))
-    # A heap of (when it is sent, request); once it is, of (when it reaches a replica, request).
-    arrivals = [(thinks(i), i) for i in range(number)]
-    heapq.heapify(arrivals)
-    now = supplied = 0.0
-    while arrivals or steps:
-        if not steps or arrivals and arrivals[0][0] <= steps[0][0]:
-            now, request = heapq.heappop(arrivals)
-            if start[request] != start[request]:  # not sent before
-                start[request], inside = now, inside + 1
-                wait = overhead[min(inside // replicas, len(overhead) - 1)]
-                if wait:
-                    heapq.heappush(arrivals, (now + wait, request))
-                    continue
-            at[request] = place = router.pick()
-            router.add(place, 1)
-            server, before = servers[place], servers[place].due
-            server.comes(request, now)
-            if server.due != before:
-                heapq.heappush(steps, (server.due, place))
-            continue
-        now, place = heapq.heappop(steps)
-        server = servers[place]
-        if server.due != now:
-            continue  # a request came meanwhile, and the run of steps was cut shorter
+    router = Router(route, replicas, random.Random(f"route {seed}"))
+    crowd = Crowd(model, servers, router, requests, thinks)
+    return crowd.play(users)
+
+
+class Crowd:
+    """The users of many replicas, and the two heaps of what happens next.
+
+    arrivals: (when it is sent, request); once it is sent, (when it reaches a replica, request).
+    steps: (when a step ends, replica).
+    """
+
+    def __init__(self, model, servers, router, requests, thinks):
+        self.lag = model.lag
+        self.overhead = model.on_the_way(max(n for n, _ in model.overhead))
+        self.servers = servers
+        self.router = router
+        self.thinks = thinks
+        self.requests = requests
+        self.handed_out = 0
+        self.in_flight = 0
+        self.supplied = 0.0
+        self.arrivals = []
+        self.steps = []
+        self.start = array("d", [math.nan]) * requests
+        self.first = array("d", [math.nan]) * requests
+        self.end = array("d", [math.nan]) * requests
+
+    def play(self, users):
+        """From the first thought to the last answer: a Run."""
+        for _ in range(min(users, self.requests)):
+            self.hand_out(0.0)
+        now = 0.0
+        while self.arrivals or self.steps:
+            if not self.steps or self.arrivals and self.arrivals[0][0] <= self.steps[0][0]:
+                now, request = heapq.heappop(self.arrivals)
+                if math.isnan(self.start[request]):
+                    self.send(request, now)
+                else:
+                    self.reach(request, now)
+            else:
+                now, place = heapq.heappop(self.steps)
+                if self.servers[place].due == now:  # else a request came and cut the run shorter
+                    self.step_ends(place, now)
+        busy = sum(server.busy for server in self.servers)
+        return Run(self.start, self.first, self.end, self.supplied,
+                   busy / (len(self.servers) * now))
+
+    def hand_out(self, now):
+        """A user takes the next request, if there is one, and thinks before sending it."""
+        if self.handed_out < self.requests:
+            request = self.handed_out
+            self.handed_out += 1
+            self.supplied = now
+            heapq.heappush(self.arrivals, (now + self.thinks(request), request))
+
+    def send(self, request, now):
+        """A request leaves its user; HTTP takes its time."""
+        self.start[request] = now
+        self.in_flight += 1
+        each = self.in_flight // len(self.servers)
+        wait = self.overhead[min(each, len(self.overhead) - 1)]
+        if wait:
+            heapq.heappush(self.arrivals, (now + wait, request))
+        else:
+            self.reach(request, now)
+
+    def reach(self, request, now):
+        """A request is at the router, which finds a replica for it."""
+        place = self.router.pick()
+        self.router.add(place, 1)
+        server = self.servers[place]
+        before = server.due
+        server.comes(request, now)
+        if server.due != before:
+            heapq.heappush(self.steps, (server.due, place))
+
+    def step_ends(self, place, now):
+        """Tokens go out; whoever has an answer takes the next request."""
+        server = self.servers[place]
         begun, done = server.step_ends()
         for request in begun:
-            first[request] = now + model.lag * server.duration(1)
+            self.first[request] = now + self.lag * server.duration(1)
         for request in done:
-            end[request] = now
-            inside -= 1
-            router.add(place, -1)
-            if number < requests:
-                heapq.heappush(arrivals, (now + thinks(number), number))
-                number, supplied = number + 1, now
+            self.end[request] = now
+            self.in_flight -= 1
+            self.router.add(place, -1)
+            self.hand_out(now)
         if server.due is not None:
-            heapq.heappush(steps, (server.due, place))
-    return Run(start, first, end, supplied, sum(s.busy for s in servers) / (replicas * now))
+            heapq.heappush(self.steps, (server.due, place))

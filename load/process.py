@@ -13,8 +13,6 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 class LoadFailed(RuntimeError):
     """The load test cannot go on; the message is one sentence that says why and what to do."""
@@ -48,7 +46,9 @@ def first_model(host, api_key=None):
     """The name of the model that the server lists first; "default" where it lists none."""
     try:
         status, text = http(f"{host}/v1/models", api_key=api_key)
-        return json.loads(text)["data"][0]["id"] if status == 200 else "default"
+        if status != 200:
+            return "default"
+        return json.loads(text)["data"][0]["id"]
     except (OSError, ValueError, LookupError, TypeError):
         return "default"
 
@@ -62,8 +62,10 @@ def gauges(host, api_key=None):
         status, text = http(f"{host}/metrics", api_key=api_key)
     except (OSError, ValueError):
         return {}
+    if status != 200:
+        return {}
     found = re.findall(r"^(?:vllm:)?num_requests_(running|waiting)(?:\{.*\})? (\S+)", text, re.M)
-    return {name: float(value) for name, value in found} if status == 200 else {}
+    return {name: float(value) for name, value in found}
 
 
 def warm_up(host, model, api_key=None, timeout=300):
@@ -87,12 +89,10 @@ def spawn(command, log, **env):
 
     In a session of its own: Ctrl-C reaches only us, and we stop our children in order.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with open(log, "wb") as output:
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | env,
-            start_new_session=True)
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | env, start_new_session=True)
 
 
 def stop(process, grace=20):
@@ -102,11 +102,16 @@ def stop(process, grace=20):
         try:
             process.wait(grace)
         except subprocess.TimeoutExpired:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-            process.kill()
+            kill(process)
     process.wait()
+
+
+def kill(process):
+    """End a process and all that it started, at once."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.kill()
 
 
 def tail(log, lines=12):
@@ -126,7 +131,10 @@ class ServerProcess:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
-        self.log, self.timeout, self.say = log, timeout, say
+        self.log = log
+        self.timeout = timeout
+        self.say = say
+        self.process = None  # while it runs
 
     def __enter__(self):
         self.process = spawn(self.command, self.log)
@@ -142,7 +150,8 @@ class ServerProcess:
 
     def wait_until_healthy(self):
         """Poll /health until it answers 200; a line every 10 s; LoadFailed when it never does."""
-        begin = told = time.monotonic()
+        begin = time.monotonic()
+        told = begin
         while not self.healthy():
             now = time.monotonic()
             if self.process.poll() is not None:

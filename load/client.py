@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from load.process import LoadFailed
+
 
 @dataclass
 class Outcome:
@@ -21,6 +23,19 @@ class Outcome:
     tokens: int = 0  # completion tokens, as the server reports them
     error: str | None = None
 
+    @property
+    def ttft(self):
+        """Seconds from sending the request to its first event."""
+        return self.event_times[0] - self.start
+
+
+def expect_success(outcomes):
+    """Raise LoadFailed, with how many and why, unless every request was answered."""
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    if errors:
+        raise LoadFailed(f"{len(errors)} of {len(outcomes)} requests failed, the first with: "
+                         f"{errors[0]}")
+
 
 def run(url, requests, users=50, thinks=None):
     """Send all requests, `users` at a time, each user the next one when its last is done.
@@ -32,7 +47,9 @@ def run(url, requests, users=50, thinks=None):
 
 
 async def closed_loop(url, requests, users, thinks=None):
-    outcomes, numbered = [None] * len(requests), iter(enumerate(requests))
+    """The same in an event loop that is already there."""
+    outcomes = [None] * len(requests)
+    numbered = iter(enumerate(requests))  # one for all users: whoever is free takes the next
 
     async def user():
         connection = await connect(url)
@@ -61,7 +78,8 @@ class Connection:
     """A connection that stays open from one request to the next; after an error it is spent."""
 
     def __init__(self, reader, writer):
-        self.reader, self.writer = reader, writer
+        self.reader = reader
+        self.writer = writer
 
     def close(self):
         self.writer.close()
@@ -71,10 +89,10 @@ class Connection:
         body = json.dumps({"prompt": request.prompt_tokens, "max_tokens": request.max_tokens,
                            "temperature": 0, "ignore_eos": True, "stream": True,
                            "stream_options": {"include_usage": True}})
+        head = ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
         outcome = Outcome(start=time.perf_counter())
-        self.writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-                          f"application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-                          .encode())
+        self.writer.write(f"{head}{body}".encode())
         try:
             await self.read(outcome, leave_after)
         except (OSError, ValueError, IndexError, asyncio.IncompleteReadError) as error:
@@ -82,26 +100,38 @@ class Connection:
         return outcome
 
     async def read(self, outcome, leave_after):
-        outcome.status = int((await self.reader.readline()).split()[1])
+        """Fill in the outcome; raises what `ask` takes for a broken connection."""
+        status_line = await self.reader.readline()
+        outcome.status = int(status_line.split()[1])
         while (await self.reader.readline()).strip():  # headers
             pass
         if outcome.status != 200:
             outcome.error = f"HTTP {outcome.status}"
             return
-        last = b""
-        while not (line := await self.reader.readline()).startswith(b"data: [DONE]"):
-            if line.startswith(b"data: "):
-                outcome.event_times.append(time.perf_counter())
-                last = line
-                if len(outcome.event_times) == leave_after:
-                    outcome.error = Outcome.LEFT
-                    return
-            elif not line:
-                raise asyncio.IncompleteReadError(last, None)
+        last = await self.read_events(outcome, leave_after)
+        if outcome.error:
+            return
         while await self.reader.readline() not in (b"0\r\n", b""):  # the last of the chunks
             pass
         await self.reader.readline()
-        end = json.loads(last[6:])
-        outcome.event_times.pop()  # the usage, or an error
-        outcome.error = json.dumps(end["error"]) if "error" in end else None
-        outcome.tokens = 0 if outcome.error else end["usage"]["completion_tokens"]
+        outcome.event_times.pop()  # the last event is no token: it brings the usage, or an error
+        end = json.loads(last.removeprefix(b"data: "))
+        if "error" in end:
+            outcome.error = json.dumps(end["error"])
+        else:
+            outcome.tokens = end["usage"]["completion_tokens"]
+
+    async def read_events(self, outcome, leave_after):
+        """Time the events up to [DONE]; returns the line of the last one before it."""
+        last = b""
+        while not (line := await self.reader.readline()).startswith(b"data: [DONE]"):
+            if not line:
+                raise asyncio.IncompleteReadError(last, None)
+            if not line.startswith(b"data: "):
+                continue
+            outcome.event_times.append(time.perf_counter())
+            last = line
+            if len(outcome.event_times) == leave_after:
+                outcome.error = Outcome.LEFT
+                return last
+        return last

@@ -1,6 +1,6 @@
 """Serve the same model with one engine after the other, load each the same way, and report.
 
-    python -m load.compare --arms sequential,static,continuous --out figures/latest
+    python -m bench.compare --arms sequential,static,continuous --out figures/latest
 """
 import argparse
 import contextlib
@@ -17,11 +17,19 @@ from pathlib import Path
 
 import psutil
 
-from load import report
-from load.offline import run_child
-from load.results import first_gpu, hardware, order, versions, write_json
+from bench import report
+from bench.arms import run_child
+from bench.results import command_line, first_gpu, hardware, order, versions, write_json
+from cbserver.metrics import LATENCIES
+from load.process import (
+    LoadFailed,
+    ServerProcess,
+    first_model,
+    gauges,
+    python_module,
+    warm_up,
+)
 from load.run import add_load_options, cpu_curve, cpu_share, exit_with, read_records, run_load
-from load.server import LoadFailed, ServerProcess, first_model, gauges, python_module, warm_up
 
 ARMS = {
     "sequential": ["--engine", "sequential"],
@@ -30,6 +38,7 @@ ARMS = {
     # Batching taken away and nothing else: the rest of a ratio to `sequential` is faster kernels.
     "one-slot": ["--engine", "continuous", "--max-batch", "1"],
 }
+SPEEDS = ["tokens_per_s", "requests_per_s", *(f"{name}_ms" for name in LATENCIES)]
 POINTS = 120  # of a utilisation curve on disk
 
 
@@ -37,8 +46,11 @@ def compare(options):
     """Run every arm `options.repeats` times; the result as a dict, on disk after each run."""
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "compare.json"
-    result = describe(options) | {"arms": {}, "roofline": roofline(options)}
-    runs, texts = {arm: [] for arm in options.arms}, {}
+    result = describe(options)
+    result["arms"] = {}
+    result["roofline"] = roofline(options)
+    runs = {arm: [] for arm in options.arms}
+    texts = {}  # of each arm's first run
     plan = order(options.arms, options.repeats)
     begin = time.monotonic()
     for number, (repeat, arm) in enumerate(plan, 1):
@@ -62,7 +74,8 @@ def roofline(options):
     """What bounds our servers' steps on this device; None for a server of another kind."""
     if options.server != python_module("cbserver"):
         return None
-    return run_child({"arm": "roofline", "model": options.model, "dtype": None}) | {"slots": 16}
+    found = run_child({"arm": "roofline", "model": options.model, "dtype": None})
+    return found | {"slots": 16}
 
 
 def sweep(options):
@@ -78,9 +91,11 @@ def sweep(options):
                 spawn_rate=max(users, 5), steady_seconds=options.sweep_seconds,
                 min_requests=users, processes=min(users, options.processes),
                 **same_load(options))["summary"]
-            levels.append({"users": users} | {key: numbers[key] for key in (
-                "requests", "failures", "tokens_per_s", "requests_per_s", "ttft_ms", "itl_ms",
-                "tpot_ms", "e2e_ms", "goodput") if key in numbers})
+            level = {"users": users}
+            for key in ("requests", "failures", *SPEEDS, "goodput"):
+                if key in numbers:
+                    level[key] = numbers[key]
+            levels.append(level)
             print(f"{users} users: {numbers['tokens_per_s']} tokens/s, TTFT p50 "
                   f"{numbers['ttft_ms']['p50']} ms", flush=True)
     return levels
@@ -89,9 +104,9 @@ def sweep(options):
 def run_or_resume(arm, repeat, options, say):
     """One run, kept on disk; with --resume the one that lies there, if its setting is the same."""
     name = f"{arm}-{repeat + 1}"
-    kept, setting = options.out / f"{name}.json", describe(options)
-    setting["workload"].pop("repeats")
-    setting = {key: setting[key] for key in setting if key not in ("command", "date")}
+    kept = options.out / f"{name}.json"
+    setting = describe(options)
+    del setting["command"], setting["date"], setting["workload"]["repeats"]
     if options.resume and kept.exists():
         before = json.loads(kept.read_text())
         if before["setting"] == setting:
@@ -120,10 +135,12 @@ def run_arm(arm, repeat, options, say):
                 steady_seconds=options.steady_seconds, min_requests=options.min_requests,
                 processes=options.processes, **same_load(options))
     span = loaded["span"]
-    return loaded["summary"] | {
-        "utilization": watch.between(*span) | {"client": thin(cpu_curve(loaded["cpu"], *span))},
-        "server_cpu": cpu_share(watch.cpu, *span),
-        "in_flight": watch.mean_in_flight(*span)}, loaded["records"]
+    run = loaded["summary"]
+    run["utilization"] = watch.between(*span)
+    run["utilization"]["client"] = thin(cpu_curve(loaded["cpu"], *span))
+    run["server_cpu"] = cpu_share(watch.cpu, *span)
+    run["in_flight"] = watch.mean_in_flight(*span)
+    return run, loaded["records"]
 
 
 def same_load(options):
@@ -142,15 +159,19 @@ def server_arguments(arm, options):
 class Utilization:
     """Samples how busy the device is, every half second, for the length of a `with`.
 
-    gpu: [(time, % of it that any kernel ran)]. cpu: [(time, CPU seconds so far)] of the server's
-    process `pid`. in_flight: [(time, requests that it has, waiting or running)], if it tells at
-    `url`/metrics.
+    gpu_use: [(time, % of it that any kernel ran)]. cpu: [(time, CPU seconds so far)] of the
+    server's process `pid`. in_flight: [(time, requests that it has, waiting or running)], if it
+    tells at `url`/metrics.
     """
 
     def __init__(self, pid, url, api_key=None, interval=0.5):
-        self.interval, self.over = interval, threading.Event()
-        self.url, self.api_key = url, api_key
-        self.gpu_use, self.cpu, self.in_flight = [], [], []
+        self.url = url
+        self.api_key = api_key
+        self.interval = interval
+        self.over = threading.Event()
+        self.gpu_use = []
+        self.cpu = []
+        self.in_flight = []
         self.gpu = first_gpu()
         self.process = psutil.Process(pid)
         self.thread = threading.Thread(target=self.sample, daemon=True)
@@ -166,14 +187,16 @@ class Utilization:
     def sample(self):
         with contextlib.suppress(psutil.Error):  # the server is gone: so is the reason to sample
             while not self.over.wait(self.interval):
-                now, times = time.perf_counter(), self.process.cpu_times()
+                now = time.perf_counter()
+                times = self.process.cpu_times()
                 self.cpu.append((now, times.user + times.system))
                 if self.gpu is not None:
                     import pynvml
 
                     rates = pynvml.nvmlDeviceGetUtilizationRates(self.gpu)
                     self.gpu_use.append((now, rates.gpu))
-                if requests := gauges(self.url, self.api_key):
+                requests = gauges(self.url, self.api_key)
+                if requests:
                     self.in_flight.append((now, sum(requests.values())))
 
     def between(self, first, last):
@@ -184,12 +207,16 @@ class Utilization:
         """
         server = cpu_curve(self.cpu, first, last)
         if self.gpu is None:
-            kind, series = "cpu", [[t, value / os.cpu_count()] for t, value in server]
+            kind = "cpu"
+            series = [[t, percent / os.cpu_count()] for t, percent in server]
         else:
-            kind, series = "gpu", [[t - first, v] for t, v in self.gpu_use if first <= t <= last]
-        mean = round(statistics.fmean(v for _, v in series), 1) if series else None
-        return {"kind": kind, "mean": mean, "series": thin(series),
-                **({"server": thin(server)} if kind == "gpu" else {})}
+            kind = "gpu"
+            series = [[t - first, percent] for t, percent in self.gpu_use if first <= t <= last]
+        mean = round(statistics.fmean(percent for _, percent in series), 1) if series else None
+        usage = {"kind": kind, "mean": mean, "series": thin(series)}
+        if kind == "gpu":
+            usage["server"] = thin(server)
+        return usage
 
     def mean_in_flight(self, first, last):
         """Requests that the server had, on average between two times; None: too few samples."""
@@ -206,19 +233,23 @@ def thin(samples):
 
 def arm_result(runs):
     """What an arm's repeats come to: medians, sums of failures, and every repeat's own numbers."""
-    names = ["tokens_per_s", "requests_per_s", "ttft_ms", "itl_ms", "tpot_ms", "e2e_ms",
-             "tokens_per_event", "client_cpu", "server_cpu"]
+    names = [*SPEEDS, "tokens_per_event", "client_cpu", "server_cpu"]
     whole = {name: median([run[name] for run in runs]) for name in names}
-    usage = runs[0]["utilization"] | {"mean": median([r["utilization"]["mean"] for r in runs])}
-    # One curve is enough for the picture: the repeats keep their means.
-    repeats = [run | {"utilization": {k: run["utilization"][k] for k in ("kind", "mean")}}
-               for run in runs]
-    for run in repeats:
-        del run["itl_histogram"]
     whole["itl_histogram"] = [sum(bins) for bins in zip(*[run["itl_histogram"] for run in runs])]
-    return whole | {"requests": min(run["requests"] for run in runs),
-                    "failures": sum(run["failures"] for run in runs),
-                    "utilization": usage, "repeats": repeats}
+    whole["requests"] = min(run["requests"] for run in runs)
+    whole["failures"] = sum(run["failures"] for run in runs)
+    mean_use = median([run["utilization"]["mean"] for run in runs])
+    whole["utilization"] = runs[0]["utilization"] | {"mean": mean_use}
+    whole["repeats"] = [without_curves(run) for run in runs]
+    return whole
+
+
+def without_curves(run):
+    """One curve an arm is enough for the picture: the repeats keep their means."""
+    usage = run["utilization"]
+    shorter = run | {"utilization": {"kind": usage["kind"], "mean": usage["mean"]}}
+    del shorter["itl_histogram"]
+    return shorter
 
 
 def median(values):
@@ -244,21 +275,24 @@ def describe(options):
     """Everything a reader needs to know to run this again."""
     packages = versions("torch", "transformers", "fastapi", "uvicorn", "locust")
     steady = options.steady_seconds
-    protocol = (f"seeded stream, at least {options.min_requests} requests and {steady:g} s with "
-                "all users in flight" if steady else f"one list of {options.requests} requests")
+    if steady:
+        protocol = (f"seeded stream, at least {options.min_requests} requests and {steady:g} s "
+                    "with all users in flight")
+    else:
+        protocol = f"one list of {options.requests} requests"
     load = {"name": options.workload, "seed": options.seed, "users": options.users,
             "spawn_rate": options.spawn_rate, "rate": options.rate, "protocol": protocol,
             "requests": None if steady else options.requests, "repeats": options.repeats,
             "processes": options.processes}
     return {"hardware": hardware(), "model": options.model, "versions": packages,
-            "command": shlex.join(["python", "-m", "load.compare", *options.arguments]),
+            "command": options.command,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "workload": load, "max_len": options.max_len, "engine_args": options.engine_args}
 
 
 def parse(arguments=None):
     """The command line as a namespace, with what depends on the device filled in."""
-    parser = argparse.ArgumentParser(prog="python -m load.compare",
+    parser = argparse.ArgumentParser(prog="python -m bench.compare",
                                      description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", help="as for cbserver; default: smollm2, or Llama-3.2-1B-Instruct on a GPU")
@@ -276,10 +310,11 @@ def parse(arguments=None):
     add("--resume", action="store_true", help="keep the runs that --out holds, make the others")
     add_load_options(parser)
     options = parser.parse_args(arguments)
-    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options.command = command_line("bench.compare", arguments)
     options.arms = options.arms.split(",")
-    if unknown := [arm for arm in options.arms if arm not in ARMS]:
-        parser.error(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    for arm in options.arms:
+        if arm not in ARMS:
+            parser.error(f"no arm {arm!r}; there are {', '.join(ARMS)}")
     options.sweep = [int(users) for users in options.sweep.split(",")] if options.sweep else []
     fill_in(options)
     return options
@@ -294,8 +329,10 @@ def fill_in(options):
         options.steady_seconds = 0
     if gpu and options.processes == 1 and os.cpu_count() >= 8:
         options.processes = 4  # thousands of events a second are too many for one
-    default = "unsloth/Llama-3.2-1B-Instruct" if gpu else "smollm2"
-    options.model = options.model or os.environ.get("CBSERVER_MODEL") or default
+    if not options.model:
+        from cbserver.model.load import default_model
+
+        options.model = default_model(gpu)
     options.server = python_module("cbserver")
     if options.api_key:  # our servers and our client read the same key
         os.environ["CBSERVER_API_KEY"] = options.api_key
@@ -310,9 +347,10 @@ def show(result, options):
     (options.out / "report.html").write_text(report.page(result, options.out))
     pages = [options.out / f"{arm}-{i + 1}.html" for arm in options.arms
              for i in range(options.repeats)]
-    for title, paths in (("plots", figures), ("Locust's reports", pages),
-                         ("numbers", [options.out / "compare.json"]),
-                         ("the report", [options.out / "report.html"])):
+    written = {"plots": figures, "Locust's reports": pages,
+               "numbers": [options.out / "compare.json"],
+               "the report": [options.out / "report.html"]}
+    for title, paths in written.items():
         print(f"{title}:\n" + "\n".join(f"  {path}" for path in paths))
 
 

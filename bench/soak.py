@@ -1,13 +1,12 @@
 """Load a server for a long time and watch what should not move: its memory, and its latency.
 
-    python -m load.soak --minutes 30
+    python -m bench.soak --minutes 30
 """
 import argparse
 import asyncio
 import datetime
 import itertools
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from cbserver.metrics import percentile
-from load.results import hardware, versions, write_json
-from load.server import LoadFailed, ServerProcess, gauges, python_module
-from load.users import Outcome, connect
+from bench.results import command_line, hardware, versions, write_json
+from cbserver.metrics import spread_ms
+from load.client import Outcome, connect
+from load.process import LoadFailed, ServerProcess, gauges, python_module
 from load.workload import token_workload, vocabulary
 
 PATIENCE = 300  # seconds for a request
@@ -29,14 +28,17 @@ async def soak(url, options, watch):
     """Users without pause until the time is over; `watch(outcomes)` once an interval."""
     requests = itertools.cycle(token_workload("uniform", 512, options.seed, options.longest,
                                               vocabulary(options.model)))
-    end, done, counter = time.monotonic() + 60 * options.minutes, [], itertools.count()
+    numbers = itertools.count()
+    end = time.monotonic() + 60 * options.minutes
+    done = []
 
     async def user():
         connection = None
         while time.monotonic() < end:
-            connection = connection or await connect(url)
-            leaves = 3 if next(counter) % LEAVES == 0 else None
-            asked = connection.ask(next(requests), leave_after=leaves)
+            if connection is None:
+                connection = await connect(url)
+            leaves = next(numbers) % LEAVES == 0
+            asked = connection.ask(next(requests), leave_after=3 if leaves else None)
             try:
                 outcome = await asyncio.wait_for(asked, PATIENCE)
             except asyncio.TimeoutError:
@@ -60,44 +62,45 @@ async def soak(url, options, watch):
 def interval_row(outcomes, seconds, process, url, began):
     """What one interval looked like: speed, latencies in ms, the server's memory and gauges."""
     served = [o for o in outcomes if not o.error]
-    gaps = [b - a for o in served for a, b in zip(o.event_times, o.event_times[1:])]
-    first = [o.event_times[0] - o.start for o in served if o.event_times]
+    left = [o for o in outcomes if o.error == Outcome.LEFT]
+    times = [o.event_times for o in served]
+    gaps = [later - earlier for t in times for earlier, later in zip(t, t[1:])]
+    first = [o.ttft for o in served if o.event_times]
     return {"minute": round((time.monotonic() - began) / 60, 2), "requests": len(served),
-            "left": sum(o.error == Outcome.LEFT for o in outcomes),
-            "failures": sum(bool(o.error) and o.error != Outcome.LEFT for o in outcomes),
+            "left": len(left), "failures": len(outcomes) - len(served) - len(left),
             "tokens_per_s": round(sum(o.tokens for o in served) / seconds, 1),
-            "ttft_ms": spread(first), "itl_ms": spread(gaps),
+            "ttft_ms": spread_ms(first), "itl_ms": spread_ms(gaps),
             "rss_mb": round(process.memory_info().rss / 1e6, 1), "fds": process.num_fds(),
             "threads": process.num_threads(), **gauges(url)}
 
 
-def spread(seconds):
-    return {f"p{q}": round(1e3 * percentile(seconds, q), 1) for q in (50, 99)} if seconds else {}
-
-
 def run(options):
     """Start the server, soak it; the result is on disk after every interval."""
-    began, rows = time.monotonic(), []
+    began = time.monotonic()
+    rows = []
     result = {"hardware": hardware(), "model": options.model, "command": options.command,
               "versions": versions("torch", "transformers", "fastapi", "uvicorn"),
               "date": datetime.date.today().isoformat(), "users": options.users, "rows": rows}
+    command = python_module("cbserver", "--model", options.model, "--max-batch", 16,
+                            "--max-len", 2 * options.longest)
     with tempfile.TemporaryDirectory() as folder, ServerProcess(
-            python_module("cbserver", "--model", options.model, "--max-batch", 16, "--max-len",
-                          2 * options.longest), f"{folder}/server.log") as server:
-        process, last = psutil.Process(server.process.pid), [time.monotonic()]
+            command, f"{folder}/server.log") as server:
+        process = psutil.Process(server.process.pid)
+        last = time.monotonic()
 
         def watch(outcomes):
+            nonlocal last
             now = time.monotonic()
-            rows.append(interval_row(outcomes, now - last[0], process, server.url, began))
-            last[0] = now
-            write_json(result | verdict(rows), options.out)
-            row = rows[-1]
+            row = interval_row(outcomes, now - last, process, server.url, began)
+            last = now
+            rows.append(row)
+            result["verdict"] = verdict(rows)
+            write_json(result, options.out)
             print(f"minute {row['minute']:5.1f}: {row['tokens_per_s']:7.1f} tokens/s, "
-                  f"{row['rss_mb']:.0f} MB, TTFT p99 {row['ttft_ms'].get('p99', '-')} ms, "
+                  f"{row['rss_mb']:.0f} MB, TTFT p99 {row['ttft_ms']['p99']} ms, "
                   f"{row['failures']} failures", flush=True)
 
         asyncio.run(soak(server.url, options, watch))
-        result |= verdict(rows)
         result["at_rest"] = settle(server.url)
     write_json(result, options.out)
     return result
@@ -105,22 +108,23 @@ def run(options):
 
 def verdict(rows):
     """First against last third, without the intervals in which it warms up and runs out."""
-    failures, rows = sum(row["failures"] for row in rows), rows[1:-1] or rows
-    third = max(1, len(rows) // 3)
-    first, last = rows[:third], rows[-third:]
+    steady = rows[1:-1] or rows
+    third = max(1, len(steady) // 3)
 
-    def mean(part, value):
-        values = [value(row) for row in part if row["requests"]]
-        return round(sum(values) / max(1, len(values)), 1)
+    def thirds(value):
+        return [mean_of(value, steady[:third]), mean_of(value, steady[-third:])]
 
-    return {"verdict": {
-        "requests": sum(row["requests"] for row in rows),
-        "failures": failures,
-        "rss_mb": [mean(first, lambda r: r["rss_mb"]), mean(last, lambda r: r["rss_mb"])],
-        "itl_p50_ms": [mean(first, lambda r: r["itl_ms"].get("p50", 0)),
-                       mean(last, lambda r: r["itl_ms"].get("p50", 0))],
-        "tokens_per_s": [mean(first, lambda r: r["tokens_per_s"]),
-                         mean(last, lambda r: r["tokens_per_s"])]}}
+    return {"requests": sum(row["requests"] for row in steady),
+            "failures": sum(row["failures"] for row in rows),
+            "rss_mb": thirds(lambda row: row["rss_mb"]),
+            "itl_p50_ms": thirds(lambda row: row["itl_ms"]["p50"]),
+            "tokens_per_s": thirds(lambda row: row["tokens_per_s"])}
+
+
+def mean_of(value, rows):
+    """The mean of a value over the intervals in which requests ended; 0 if there are none."""
+    values = [value(row) for row in rows if row["requests"]]
+    return round(sum(values) / len(values), 1) if values else 0.0
 
 
 def settle(url):
@@ -132,13 +136,13 @@ def settle(url):
     return gauges(url)
 
 
-def figure(result):
+def soak_figure(result):
     """RSS and latency over time."""
     import matplotlib.pyplot as plt
 
-    from load.report import STYLE
+    from bench.report import STYLE
 
-    rows = [row for row in result["rows"] if row["itl_ms"]]
+    rows = [row for row in result["rows"] if row["itl_ms"].get("p50")]  # {} or None: no request
     minutes = [row["minute"] for row in rows]
     with plt.rc_context(STYLE):
         drawn, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True,
@@ -158,7 +162,7 @@ def figure(result):
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m load.soak",
+    parser = argparse.ArgumentParser(prog="python -m bench.soak",
                                      description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--minutes", type=float, default=30, help="how long (30)")
@@ -169,8 +173,7 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, help="of the workload (0)")
     add("--out", type=Path, default=Path("figures/data/soak-cpu.json"), help="the result")
     options = parser.parse_args(arguments)
-    options.command = shlex.join(["python", "-m", "load.soak", *(
-        sys.argv[1:] if arguments is None else arguments)])
+    options.command = command_line("bench.soak", arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     return options
 
@@ -183,7 +186,8 @@ def main(arguments=None):
         return 1
     print(json.dumps(result["verdict"]))
     at_rest = result["at_rest"] == {"running": 0, "waiting": 0}
-    return int(not at_rest or result["verdict"]["failures"] > 0)
+    well = at_rest and result["verdict"]["failures"] == 0
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

@@ -1,32 +1,36 @@
-"""What load.offline measured: a figure, and a prediction for a card that is not here."""
+"""What bench.offline measured: a figure, and a prediction for a card that is not here."""
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from load.report import STYLE
+from bench.offline import SINGLE
+from bench.report import STYLE
 
 # A hue for each way to run a step; `continuous` keeps the colour it has in every figure.
 LADDER = {"generate": "#E69F00", "one-slot": "#CC79A7", "transformers-cb": "#999999",
           "static": "#56B4E9", "continuous": "#0072B2", "continuous+graphs": "#009E73",
-          "continuous+joined": "#D55E00", "continuous+graphs+fused": "#882255",
-          "continuous+graphs+compile": "#D55E00", "http": "#999933", "vllm": "#000000"}
+          "continuous+fused": "#D55E00", "continuous+graphs+fused": "#882255",
+          "continuous+graphs+fused+kernel": "#D55E00", "http": "#999933", "vllm": "#000000"}
 NAMES = {"generate": "generate(), one at a time", "one-slot": "our engine, one slot",
          "transformers-cb": "transformers' continuous batching", "static": "static batching",
          "continuous": "continuous batching", "continuous+graphs": "… + CUDA graphs",
          "continuous+graphs+fused": "… + joined weights, compiled functions",
-         "continuous+joined": "… + joined weights, own forward pass",
-         "continuous+graphs+compile": "… + our attention kernel",
+         "continuous+fused": "… + joined weights, own forward pass",
+         "continuous+graphs+fused+kernel": "… + our attention kernel",
          "http": "the server over HTTP, as shipped", "vllm": "vLLM"}
 # Data sheet; a copy reaches 87 % of it on an H100, prompts are taken to run at 40 % of the peak.
 T4 = {"gb_s": 320 * 0.87, "tflops": 65 * 0.4}
-COMMAND = ("python -m load.offline --model random:llama-3.2-1b --dtype float16 --slots 16 "
-           "--arms continuous+graphs,continuous+graphs+compile --out figures/data/offline-t4.json")
+WEIGHTS = 1.24e9  # of Llama-3.2-1B
+COMMAND = ("python -m bench.offline --model random:llama-3.2-1b --dtype float16 --slots 16 "
+           "--arms continuous+graphs,continuous+graphs+fused+kernel "
+           "--out figures/data/offline-t4.json")
 
 
 def rungs(result, slots):
     """The rows with this many slots (and those that take one request at a time), as climbed."""
+    climb = list(LADDER)
     wanted = [row for row in result["rows"] if row["repeats"] and
-              (row["slots"] == slots or row["arm"] in ("generate", "one-slot"))]
-    return sorted(wanted, key=lambda row: list(LADDER).index(row["arm"]))
+              (row["slots"] == slots or row["arm"] in SINGLE)]
+    return sorted(wanted, key=lambda row: climb.index(row["arm"]))
 
 
 def ladder_figure(result):
@@ -53,7 +57,8 @@ def draw_rungs(axes, rows, top):
         if row is None:
             axes.text(top * 0.01, y, "not measured", va="center", color="#777777")
             continue
-        speed, (low, high) = row["tokens_per_s"], row["spread"]
+        speed = row["tokens_per_s"]
+        low, high = row["spread"]
         axes.barh(y, speed, color=LADDER[row["arm"]], xerr=[[speed - low], [high - speed]],
                   error_kw={"ecolor": "#444444", "capsize": 2})
         axes.text(high + top * 0.02, y, f"{speed:,.0f}", va="bottom", fontsize=10)
@@ -84,7 +89,8 @@ def predict(result, card=T4, slots=16):
             continue
         floor = row["step_floor_ms"] * row["bandwidth_gb_s"] / card["gb_s"]
         step = floor + row["step_ms"] - row["step_floor_ms"]
-        prompts = row["tokens"] * 2 * 1.24e9 / card["tflops"] / 1e12  # as many read as written
+        prompts = row["tokens"] * 2 * WEIGHTS / card["tflops"] / 1e12  # as many read as written
         speed = row["tokens"] / (run["steps"] * step / 1e3 + prompts)
-        predictions[row["arm"]] = round(speed, 1 - len(str(int(speed))) + 1)  # two digits
+        digits = len(str(int(speed)))
+        predictions[row["arm"]] = round(speed, 2 - digits)  # two of them count
     return predictions

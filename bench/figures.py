@@ -1,0 +1,291 @@
+"""Draw the committed figures and write the README's numbers, all from figures/data/*.json."""
+import json
+import re
+import statistics
+
+import matplotlib
+
+from bench import ladder, report, soak
+from bench.capacity import validation_table
+from bench.offline import table
+from bench.plan import capacity_figure, plan_table
+from bench.results import DATA, ROOT
+
+
+def load(name):
+    """The committed data of that name as a dict; None if there is none."""
+    path = DATA / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def numbers():
+    """The README's part on bench.compare: a table, the ratios and the setting for each device."""
+    tables = []
+    for device in ("cpu", "h100"):
+        result = load(f"compare-{device}")
+        if result:
+            tables.append(comparison(result))
+    if len(tables) > 1:  # the first one's figure stands at the head of the README
+        tables[1] = f"![The same on an H100](figures/compare-h100.png)\n\n{tables[1]}"
+    return "\n\n".join(tables)
+
+
+def comparison(result):
+    """Table, ratios, setting, spread, knee and cross-checks of one comparison."""
+    protocol = result["workload"]["protocol"]
+    repeats = result["workload"]["repeats"]
+    spreads = []
+    for name, arm in report.arms_of(result):
+        speeds = [run["tokens_per_s"] for run in arm["repeats"]]
+        if speeds:
+            spreads.append(f"{name} {min(speeds):.1f}–{max(speeds):.1f}")
+    ratios = ", ".join(report.ratios(result).splitlines())
+    notes = "; ".join(report.notes(result).splitlines())
+    lines = [f"{ratios}. {report.setting(result)}, {protocol}, median of {repeats} runs "
+             f"(tokens/s: {'; '.join(spreads)}), `{result['command']}`, raw data in "
+             f"`figures/data/`. Greedy: {notes}."]
+    held = report.checks(result)
+    if held:
+        lines.append(f"Cross-checks (Little's law, roofline): {sum(ok for _, ok in held)} of "
+                     f"{len(held)} hold.")
+    if result.get("sweep"):
+        lines.append(f"The knee of continuous batching is at {report.knee(result['sweep'])} users.")
+    return "\n".join([report.table(result), "", " ".join(lines)])
+
+
+def ladder_text():
+    """The README's part on bench.offline: a figure, a table and the setting for each device."""
+    parts = []
+    for device in ("h100", "cpu"):
+        name = f"offline-{device}"
+        result = load(name)
+        if result:
+            parts += [f"![Tokens per second of each rung](figures/{name}.png)", "",
+                      table(result), "", setting(result), *more_text(device), ""]
+    guesses = ", ".join(f"{arm} {speed:,.0f}"
+                        for arm, speed in ladder.predict(load("offline-h100")).items())
+    parts.append(f"A prediction, not a measurement: on a T4 (320 GB/s) the same model of a step "
+                 f"gives, in tokens/s at 16 slots, {guesses}; check it there with "
+                 f"`{ladder.COMMAND}`.")
+    return "\n".join(parts)
+
+
+def http_text():
+    """What HTTP costs and how a long load went, for the README."""
+    parts = []
+    for device, engine in (("cpu", "continuous"), ("h100", "continuous+graphs+fused+kernel")):
+        result = load(f"offline-{device}")
+        if result:
+            rows = {(row["arm"], row["slots"]): row for row in result["rows"]}
+            for (arm, slots), row in rows.items():
+                if arm == "http" and row["repeats"]:
+                    parts.append(http_sentence(row, rows[engine, slots], device, slots))
+    paragraphs = []
+    if parts:
+        paragraphs.append(f"What HTTP costs (`python -m bench.offline`): {'; '.join(parts)}.")
+    result = load("soak-cpu")
+    if result:
+        paragraphs.append(soak_sentence(result))
+        paragraphs.append("![Memory and latency over time](figures/soak-cpu.png)")
+    return "\n\n".join(paragraphs)
+
+
+def http_sentence(row, without, device, slots):
+    """The row of the server over HTTP beside that of the engine alone."""
+    run = row["repeats"][0]
+    speed = row["tokens_per_s"]
+    alone = without["tokens_per_s"]
+    return (f"{speed:,.0f} tokens/s over HTTP with {run['users']} users against {alone:,.0f} "
+            f"without on {device.upper()} at {slots} slots: {speed / alone:.0%} ({repeats(row)}, "
+            f"{run['tokens_per_event']:.2f} tokens an event, client at "
+            f"{run['client_cpu_percent']:.0f} % of a core)")
+
+
+def soak_sentence(result):
+    found = result["verdict"]
+    rss_before, rss_after = found["rss_mb"]
+    gap_before, gap_after = found["itl_p50_ms"]
+    return (f"A soak (`{result['command']}`), first against last third: memory {rss_before:,.0f} "
+            f"and {rss_after:,.0f} MB, gap between tokens {gap_before:.0f} and {gap_after:.0f} "
+            f"ms, {found['requests']:,} requests, {found['failures']} failures, every fifth "
+            f"client gone before its end. {result.get('note', '')}").rstrip()
+
+
+def guidellm_text():
+    """How far load.run and guidellm are apart, for the README."""
+    found = load("clients")["clients"]["agreement"]
+    parts = []
+    for server in ("planted delays", "cbserver"):
+        off = found[server]["load.run against guidellm, %"]
+        ours = found[server]["load.run"]["client_cpu_s"]
+        theirs = found[server]["guidellm"]["client_cpu_s"]
+        names = ", ".join(f"{name.removesuffix('_ms').replace('_per_s', '/s')} {percent:+.1f} %"
+                          for name, percent in off.items())
+        parts.append(f"{server}: {names} (CPU seconds {ours:.0f} and {theirs:.0f})")
+    return (f"load.run against guidellm, {found['load']} (`make test-clients`): "
+            f"{'; '.join(parts)}. {found['why they differ']}")
+
+
+def feed_text():
+    """What the live page costs, for the README."""
+    found = load("overhead-cpu")
+    if not found or "feed" not in found:
+        return ""
+    feed = found["feed"]
+    speed = feed["tokens_per_s"]
+    low, high = speed["interval"]
+    return (f"{found['viewers']} open pages take {feed['share_of_a_core']:.1%} of a core of a "
+            f"server whose {found['slots']} slots are full and held still (its CPU time, "
+            f"{len(feed['held']) // 2} stretches of 10 s with and without, {found['hardware']}). "
+            f"With {feed['model']} at work on a core of its own they change tokens/s by "
+            f"{speed['median'] - 1:+.1%} (median of {speed['pairs']} pairs of neighbouring "
+            f"stretches, 95% interval {low - 1:+.1%} to {high - 1:+.1%}). "
+            f"{feed.get('note', '')} `{found['command']} feed`.")
+
+
+def ray_text():
+    """What a Ray replica costs, for the README."""
+    found = load("overhead-cpu")
+    if not found:
+        return ""
+    parts = [ray_sentence(model, runs) for model, runs in found["models"].items()]
+    return (f"One replica on Ray {found['versions']['ray']} against bare uvicorn, {found['users']} "
+            f"users, {found['slots']} slots, {found['hardware']}, fresh processes, 3 runs each: "
+            f"{'; '.join(parts)}. Ray's own processes share the cores here, and random:tiny, a "
+            "step of a few milliseconds, shows the worst case.")
+
+
+def ray_sentence(model, runs):
+    """One model's speed and TTFT, on Ray and bare."""
+    def median(name, server):
+        return statistics.median(row[name] for row in runs["ray_runs"] if row["server"] == server)
+
+    low, high = runs["ray"]["spread"]
+    return (f"{model}: {median('tokens_per_s', 'ray'):,.0f} tokens/s against "
+            f"{median('tokens_per_s', 'uvicorn'):,.0f} ({runs['ray']['median']:.0%}; {low:.0%} to "
+            f"{high:.0%}), TTFT p50 {median('ttft_p50_ms', 'ray'):,.0f} ms against "
+            f"{median('ttft_p50_ms', 'uvicorn'):,.0f} ms")
+
+
+def capacity_text():
+    """The check of the simulation and the plan, for the README."""
+    parts = []
+    timed = []
+    for device in ("cpu", "h100"):
+        result = load(f"capacity-{device}")
+        if not result:
+            continue
+        parts += [check_sentence(result), validation_table(result)]
+        if "note" in result:
+            parts.append(result["note"])
+        if "plan" in result:
+            parts += [f"![TTFT measured, simulated and planned](figures/capacity-{device}.png)",
+                      plan_sentence(result["plan"]), plan_table(result)]
+            count, seconds = result["plan"]["timed"]
+            timed.append(f"{count:,} requests of {result['model']} in {seconds:.0f} s")
+    if timed:
+        parts.append("*In turn*: first come, next replica. *Two choices*: the emptier of two drawn "
+                     "at random, as Ray Serve does. *Least loaded*: the fewest requests in flight "
+                     f"of all. Simulated were {' and '.join(timed)}.")
+    return "\n\n".join(parts)
+
+
+def check_sentence(result):
+    repeats = 1 + max(row["repeat"] for row in result["loads"])
+    return (f"{result['model']} on {result['hardware']}, {result['slots']} slots, users who think "
+            f"{result['think_s']:g} s on average, medians of {repeats} fresh servers "
+            f"(`{result['command']}`). Off is the median of the runs' own ratios, since each run "
+            "has requests of its own:")
+
+
+def plan_sentence(plan):
+    return (f"Replicas of this server that keep TTFT p99 under {plan['target_ms']:,.0f} ms for "
+            f"users who think {plan['think_s']:g} s (`{plan['command']}`):")
+
+
+def more_text(device):
+    """Sentences on two more runs: lengths as in chats, and all arms in float32."""
+    chat = load(f"offline-{device}-chat")
+    if chat:
+        rows = ", ".join(f"{row['arm']} at {row['slots']} slots {row['tokens_per_s']:,.0f} "
+                         f"tokens/s ({repeats(row)})" for row in chat["rows"])
+        yield ("With lengths as in chats, and every 32nd prompt of 2,000 to 4,000 tokens: "
+               f"{rows}.")
+    exact = load(f"offline-{device}-float32")
+    if exact:
+        counts = {f"{same['whole']} of {same['compared']}" for same in exact["same_tokens"]}
+        yield (f"In float32, answers of {exact['workload']['short']} tokens that equal "
+               f"generate()'s: {' or '.join(sorted(counts))} in each of the "
+               f"{len(exact['same_tokens'])} other arms measured.")
+
+
+def repeats(row):
+    count = len(row["repeats"])
+    return "1 repeat" if count == 1 else f"{count} repeats"
+
+
+def setting(result):
+    """Hardware, versions, commands, what is missing, and what a long prompt does."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    parts = [f"{ladder.setting(result)}; {versions}; medians of fresh processes."]
+    if "note" in result:
+        parts.append(result["note"])
+    stall = result.get("stall", {})
+    if len(stall) == 2:
+        pieces = stall["in pieces"]
+        whole = stall["whole"]
+        parts.append(f"A prompt of {whole['prompt_tokens']:,} tokens that arrives among 15 running "
+                     f"streams makes their longest pause {whole['worst_gap_ms']:,.0f} ms when "
+                     f"it is read whole, {pieces['worst_gap_ms']:,.0f} ms in pieces of "
+                     f"{pieces['prefill_budget']} (usually {pieces['usual_gap_ms']:,.1f} ms).")
+    commands = "; ".join(f"`{command}`" for command in result["commands"])
+    parts.append(f"Commands: {commands}.")
+    return " ".join(parts)
+
+
+def write_readme(text, readme, name="numbers"):
+    """`readme` with the text between the two markers of that name replaced."""
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+    return marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", readme)
+
+
+BLOCKS = {"numbers": numbers, "ladder": ladder_text, "http": http_text, "guidellm": guidellm_text,
+          "feed": feed_text, "ray": ray_text, "capacity": capacity_text}
+
+
+def save(figure, name):
+    """A figure of matplotlib, as a committed PNG."""
+    path = ROOT / "figures" / f"{name}.png"
+    figure.savefig(path)
+    print(path.relative_to(ROOT))
+
+
+def draw():
+    """Every figure whose data is committed."""
+    for path in sorted(DATA.glob("compare-*.json")):
+        result = load(path.stem)
+        for figure in report.save_figures(result, ROOT / "figures", path.stem):
+            print(figure.relative_to(ROOT))
+    for path in sorted(DATA.glob("offline-*.json")):
+        if path.stem.count("-") == 1:  # the others are told in a sentence
+            save(ladder.ladder_figure(load(path.stem)), path.stem)
+    soaked = load("soak-cpu")
+    if soaked:
+        save(soak.soak_figure(soaked), "soak-cpu")
+    for path in sorted(DATA.glob("capacity-*.json")):
+        save(capacity_figure(load(path.stem)), path.stem)
+
+
+def main():
+    matplotlib.use("Agg")
+    draw()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, make in BLOCKS.items():
+        text = write_readme(make(), text, name)
+    readme.write_text(text)
+    print("README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""How many replicas keep a promise to how many users: a search, a table and a figure."""
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+from bench.results import write_json
+from bench.simulate import ROUTES, StepModel, simulate
+from bench.steps import from_json
+from cbserver.metrics import percentile
+from load.process import LoadFailed
+from load.workload import TokenRequest, token_workload, vocabulary
+
+COLORS = dict(zip(ROUTES, ("#D55E00", "#CC79A7", "#0072B2")))
+
+
+def prompts(setting, count, seed):
+    """Requests of the chosen lengths, as token ids: list[TokenRequest].
+
+    setting: {"workload", "longest", "model", "max_len"}; a prompt has half of max_len at most.
+    """
+    requests = token_workload(setting["workload"], count, seed, setting["longest"],
+                              vocabulary(setting["model"]))
+    most = setting["max_len"] // 2
+    return [TokenRequest(r.prompt_tokens[:most], r.max_tokens) for r in requests]
+
+
+def lengths_of(requests):
+    """[(prompt tokens, answer tokens), ...], as a simulation takes them."""
+    return [(len(r.prompt_tokens), r.max_tokens) for r in requests]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """How a crowd fares on many replicas. lengths: of the requests; think, target: seconds."""
+
+    model: StepModel
+    slots: int
+    lengths: list
+    think: float
+    target: float  # of p99 TTFT
+    least: int = 20_000  # requests of a simulation
+
+    def enough(self, users):
+        """Requests of a simulation that show how so many users fare."""
+        return max(self.least, 4 * users)
+
+    def try_out(self, users, replicas, route):
+        """(p99 TTFT, median time of an answer) once the crowd has settled, and the share of the
+        whole time, its beginning and end included, in which a replica computes."""
+        run = simulate(self.model, self.lengths, users, self.enough(users), replicas, self.slots,
+                       route=route, think=self.think)
+        begin = (self.think + run.supplied) / 2  # everybody began with a thought
+        ttft = []
+        took = []
+        for start, first, end in zip(run.start, run.first, run.end):
+            if begin < start < run.supplied:
+                ttft.append(first - start)
+                took.append(end - start)
+        return percentile(ttft, 99), percentile(took, 50), run.busy
+
+    def fewest(self, users, route, guess):
+        """The smallest number of replicas that keeps the target, to 2 %: a dict for the table."""
+        tried = {}
+
+        def good(replicas):
+            tried[replicas] = self.try_out(users, replicas, route)
+            ttft = tried[replicas][0]
+            print(f"{users:,} users, {route}, {replicas:,} replicas: p99 TTFT "
+                  f"{1e3 * ttft:,.0f} ms", flush=True)
+            if ttft > self.target and replicas > users:
+                raise LoadFailed(f"A replica for each user gives a p99 TTFT of {1e3 * ttft:,.0f} "
+                                 "ms: raise --target above that.")
+            return ttft <= self.target
+
+        factor = 1.25 if users < 100_000 else 1.02  # the guess comes from a smaller crowd
+        replicas = smallest(good, max(1, guess), factor)
+        p99, took, busy = tried[replicas]
+        return {"users": users, "route": route, "replicas": replicas,
+                "requests": self.enough(users), "users_per_replica": round(users / replicas, 1),
+                "ttft_p99_ms": round(1e3 * p99, 1), "answer_p50_s": round(took, 3),
+                "busy": round(busy, 3)}
+
+    def curve(self, route, replicas, most):
+        """[[users a replica, p99 TTFT in ms], ...] up to `most`."""
+        loads = sorted({max(1, round(most * part / 12)) for part in range(3, 15)})
+        points = []
+        for load in loads:
+            p99, _, _ = self.try_out(load * replicas, replicas, route)
+            points.append([load, round(1e3 * p99, 1)])
+        return points
+
+
+def smallest(good, guess, factor):
+    """The smallest number that is good, to 2 %, if all above a good one are: few tries near guess.
+
+    factor: how much more or less to try while nothing is known on that side.
+    """
+    low = guess  # not good, or not known to be
+    high = guess
+    while not good(high):
+        low = high
+        high = math.ceil(high * factor)
+    while low == high > 1:  # the guess was good: how much less would do?
+        low = min(high - 1, int(high / factor))
+        if good(low):
+            high = low
+    while high - low > max(1, high // 50):
+        middle = (low + high) // 2
+        if good(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def make_plan(options):
+    """Add the table and the curves to what `measure` wrote."""
+    result = json.loads(options.data.read_text())
+    model = from_json(result["step_model"])
+    lengths = lengths_of(prompts(result["options"], 4096, seed=7))
+    planner = Planner(model, result["slots"], lengths, options.think, options.target / 1e3,
+                      options.least)
+    rows = plan_rows(planner, options.users)
+    most = max(row["users_per_replica"] for row in rows)
+    result["plan"] = {"command": options.command, "target_ms": options.target,
+                      "think_s": options.think, "rows": rows,
+                      "timed": [options.speed, time_simulation(planner, options.speed, most)],
+                      "replicas": 16, "curves": {route: planner.curve(route, 16, most)
+                                                 for route in ROUTES}}
+    write_json(result, options.data)
+    print(plan_table(result))
+
+
+def plan_rows(planner, crowds):
+    """The fewest replicas for each crowd, from small to large, and each route: list[dict]."""
+    answer = statistics.fmean(wanted for _, wanted in planner.lengths)
+    step = planner.model.by_rows(planner.slots)[planner.slots]
+    rate = planner.slots / (answer * step)  # answers a second, all slots at work
+    rows = []
+    for route in ROUTES:
+        per_replica = 0.8 * rate * planner.think
+        for users in crowds:
+            row = planner.fewest(users, route, round(users / per_replica))
+            rows.append(row)
+            if row["replicas"] > 1:  # one that has nothing to do says nothing of the next
+                per_replica = row["users_per_replica"]
+    return rows
+
+
+def time_simulation(planner, requests, users_per_replica):
+    """Seconds that so many requests of a tenth as many users take to simulate."""
+    users = requests // 10
+    replicas = max(1, round(requests / 10 / users_per_replica))
+    begin = time.perf_counter()
+    simulate(planner.model, planner.lengths, users, requests, replicas, planner.slots,
+             think=planner.think)
+    return round(time.perf_counter() - begin, 1)
+
+
+def plan_table(result):
+    """Replicas for each crowd and route, as Markdown."""
+    rows = {(row["users"], row["route"]): row for row in result["plan"]["rows"]}
+    heads = [f"{route}: replicas (users each)" for route in ROUTES]
+    lines = [f"| users | {' | '.join(heads)} |", "|---:|" + "---:|" * len(ROUTES)]
+    for users in sorted({users for users, _ in rows}):
+        found = [rows[users, route] for route in ROUTES]
+        cells = [f"{row['replicas']:,} ({row['users_per_replica']:,.0f})" for row in found]
+        lines.append(f"| {users:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# The figure
+
+
+def capacity_figure(result):
+    """Left: the real server's p99 TTFT beside the simulated; right: what routing does to it."""
+    import matplotlib.pyplot as plt
+
+    from bench.report import STYLE
+
+    planned = "plan" in result
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2 if planned else 1, layout="constrained", squeeze=False,
+                                    figsize=(10 if planned else 5.5, 3.8))
+        draw_check(axes[0, 0], result)
+        if planned:
+            draw_plan(axes[0, 1], result["plan"])
+        figure.suptitle(f"{result['model']} on {result['hardware']}", fontsize=10)
+        return figure
+
+
+def draw_check(axes, result):
+    """p99 TTFT of each load and repeat, measured and simulated side by side."""
+    users = sorted({row["users"] for row in result["loads"]})
+    for kind, mark, color, aside in (("measured", "o", "#000000", -0.08),
+                                     ("simulated", "x", "#0072B2", 0.08)):
+        x = [users.index(row["users"]) + aside for row in result["loads"]]
+        y = [row[kind]["ttft_p99_ms"] for row in result["loads"]]
+        axes.plot(x, y, mark, ms=8, mfc="none", color=color, label=kind)
+    axes.set(xlabel=f"users of one server with {result['slots']} slots", yscale="log",
+             xticks=range(len(users)), xticklabels=users, xlim=(-0.5, len(users) - 0.5),
+             ylabel="TTFT p99, ms", title="One server, real and simulated")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.legend(loc="upper left")
+
+
+def draw_plan(axes, plan):
+    """p99 TTFT against users a replica, a line for each route."""
+    for route, points in plan["curves"].items():
+        loads = [load for load, _ in points]
+        ms = [p99 for _, p99 in points]
+        axes.plot(loads, ms, "o-", ms=4, color=COLORS[route], label=route)
+    axes.axhline(plan["target_ms"], color="black", ls="--", lw=1,
+                 label=f"target, {plan['target_ms']:,.0f} ms")
+    axes.set(xlabel=f"users a replica ({plan['replicas']} replicas)", yscale="log",
+             ylabel="TTFT p99, ms", title="Simulated: which replica gets a request")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.legend()

@@ -1,0 +1,98 @@
+"""The command line: `python -m cbserver`. It says what is wrong before anything heavy is loaded."""
+import argparse
+import logging
+import math
+import os
+import secrets
+import socket
+import sys
+
+ENGINES = ("continuous", "static", "sequential")
+
+
+def parse(argv=None):
+    """The arguments as a namespace; what makes no sense ends the program with one sentence."""
+    parser = argparse.ArgumentParser(
+        "cbserver", description="Serve a language model to many people at once.")
+    add = parser.add_argument
+    add("--engine", choices=ENGINES, default="continuous", help="who schedules (continuous)")
+    add("--model", help="Hub id, local folder, smollm2, random:tiny or random:llama-3.2-1b")
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    add("--port", type=int, default=8000, help="port to listen on (8000)")
+    add("--max-batch", type=int, help="sequences served at once (16, or fewer if no more fit)")
+    add("--max-len", type=int, help="tokens of a sequence, prompt and answer (as many as fit)")
+    add("--max-waiting", type=int, default=256, help="requests that may wait before 429 (256)")
+    add("--prefill-budget", type=int, default=512, help="prompt tokens read in one step (512)")
+    add("--fast", action=argparse.BooleanOptionalAction, help="CUDA graphs (default: on a GPU)")
+    add("--request-timeout", type=float, default=600, help="seconds for a request (600)")
+    add("--drain-timeout", type=float, default=30, help="seconds to finish after SIGTERM (30)")
+    add("--max-body", type=int, default=2**20, help="bytes of a request's body (1048576)")
+    add("--cors", action="append", help="an origin that browsers may call from; none by default")
+    add("--api-key", default=os.environ.get("CBSERVER_API_KEY"), help="required of clients")
+    add("--tunnel", action="store_true", help="open an ngrok tunnel; a key is then always required")
+    args = parser.parse_args(argv)
+    for name in ("max_batch", "max_len", "max_waiting", "prefill_budget", "request_timeout",
+                 "drain_timeout", "max_body"):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if not 0 < args.port < 65536:
+        parser.error("--port must be 1 to 65535")
+    return args
+
+
+def check_port(host, port):
+    """End the program if the port is taken, before the model is loaded and not after."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        sys.exit(f"Cannot listen on {host}:{port} ({error.strerror}); "
+                 "choose another port with --port.")
+
+
+def main(argv=None, engine_class=None):
+    """Load, say where it serves, serve. engine_class: in place of the one that --engine names."""
+    args = parse(argv)
+    check_port(args.host, args.port)
+
+    from . import process  # torch, transformers and uvicorn: seconds
+    from .model.load import ModelUnavailable
+    from .server import create_app
+
+    failures = process.prepare()
+    try:
+        engine = process.load_engine(args, engine_class)
+    except ModelUnavailable as error:
+        sys.exit(str(error))
+    made_key, url = reach(args)
+    name = args.model or "cbserver"
+    print(f"Serving {name} with the {args.engine} engine ({engine.max_batch} at once) on {url}; "
+          "the API is documented at /docs", flush=True)
+    shown = f"#key={made_key}" if made_key else ""  # a key of yours is not printed
+    print(f"Watch the batch: {url}/{shown}", flush=True)
+    app = create_app(engine, name, args.api_key or made_key, args.request_timeout, args.max_body,
+                     args.cors)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    process.DrainingServer(app, args.host, args.port, args.drain_timeout).run()
+    if failures:
+        sys.exit("The engine failed; see above. The server has ended.")
+
+
+def reach(args):
+    """(a new API key or None, the URL). With a tunnel and no key of yours, one is made."""
+    made_key = None
+    local = f"http://{args.host}:{args.port}"
+    if not args.tunnel:
+        return made_key, local
+
+    from .http.tunnel import ngrok_token, open_tunnel
+
+    token = ngrok_token()
+    if token and not args.api_key:
+        made_key = secrets.token_urlsafe(24)
+        print(f"API key for this run: {made_key}")
+    return made_key, open_tunnel(args.port, token) or local

@@ -1,0 +1,1 @@
+"""Given, not taught: what the server needs of HTTP. Fields, errors, text, replies, numbers."""

@@ -1,0 +1,66 @@
+"""Every answer that is not 200, in OpenAI's shape: what was wrong, which field, what to do."""
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+MEANINGS = {400: "a field is wrong, or not supported", 401: "no key, or a wrong one",
+            404: "another model", 408: "the deadline has passed", 413: "too large",
+            429: "the queue is full", 500: "the engine failed", 503: "not serving"}
+DOCUMENTED = {status: {"description": meaning} for status, meaning in MEANINGS.items()}
+
+
+class APIError(HTTPException):
+    """An answer other than 200 in OpenAI's shape: what was wrong, and which field."""
+
+    def __init__(self, status, message, param=None, code=None, headers=None):
+        kind = "invalid_request_error" if status < 429 else "server_error"
+        body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        super().__init__(status, body, headers)
+
+
+class BodyLimit:
+    """ASGI middleware: a body of more than `limit` bytes is refused before all of it is read."""
+
+    def __init__(self, app, limit):
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope, receive, send):
+        left = self.limit
+
+        async def counted():
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise APIError(413, f"the body is larger than the limit of {self.limit} bytes")
+            return message
+
+        await self.app(scope, counted, send)
+
+
+async def refused(request, error):
+    """Any error as JSON in OpenAI's shape; what nobody foresaw is a 500 that tells no secrets."""
+    if not isinstance(error, HTTPException):
+        error = APIError(500, "internal error; see the server's log")
+    elif not isinstance(error, APIError):  # FastAPI's own: no such path, or no such method
+        error = APIError(error.status_code, str(error.detail), headers=error.headers)
+    request.app.state.monitor.refuse(error.status_code)
+    return JSONResponse(error.detail, error.status_code, error.headers)
+
+
+async def invalid(request, error):
+    """FastAPI's own checks of a body, as a 400; a field of several types has several reasons."""
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        where = f"{first['ctx']['error']} at character {first['loc'][1]}"
+        return await refused(request, APIError(400, f"the body is not JSON: {where}"))
+    param = str(first["loc"][1]) if len(first["loc"]) > 1 else None
+    reasons = [e["msg"] for e in errors if param is None or param in map(str, e["loc"])]
+    different = dict.fromkeys(reasons)
+    return await refused(request, APIError(
+        400, f"{param or 'body'}: {', or: '.join(different)}", param))
+
+
+HANDLERS = {RequestValidationError: invalid, HTTPException: refused, Exception: refused}

@@ -1,0 +1,183 @@
+"""What the server tells about itself: /metrics for Prometheus, and the live page with its feed."""
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from importlib.resources import files
+from itertools import count
+from weakref import WeakKeyDictionary
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from ..metrics import spread_ms
+from ..sequence import Status
+from .errors import APIError
+from .replies import event
+
+log = logging.getLogger("cbserver")
+SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 150)
+pages = APIRouter()  # for everybody
+private = APIRouter()  # for those with the key, where there is one
+
+
+class Monitor:
+    """What /metrics shows: the engine's stats whenever it is asked, and each request at its end.
+
+    The names are vLLM's, without its prefix.
+    """
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        self.ended = Counter("request_success", "requests that ended, by reason",
+                             ["finished_reason"], registry=self.registry)
+        self.refused = Counter("requests_refused", "requests refused, by status", ["status"],
+                               registry=self.registry)
+        self.queue_time = self.histogram("request_queue_time")
+        self.ttft = self.histogram("time_to_first_token")
+        self.itl = self.histogram("inter_token_latency")
+        self.e2e = self.histogram("e2e_request_latency")
+        self.recent_ttft = deque(maxlen=200)  # seconds, for the page
+
+    def histogram(self, name):
+        return Histogram(f"{name}_seconds", name, buckets=SECONDS, registry=self.registry)
+
+    def collect(self):
+        """Called by Prometheus' registry: the engine's counters as they are now."""
+        stats = self.engine.stats()
+        for name, value in (("num_requests_running", stats.running), ("num_slots", stats.slots),
+                            ("num_requests_waiting", stats.waiting),
+                            ("kv_cache_usage_perc", stats.running / stats.slots)):
+            yield GaugeMetricFamily(name, "now", value)
+        yield CounterMetricFamily("engine_steps", "steps of the engine", stats.steps)
+        yield CounterMetricFamily("prompt_tokens", "prompt tokens admitted", stats.prompt_tokens)
+        yield CounterMetricFamily("generation_tokens", "tokens generated", stats.generated_tokens)
+
+    def refuse(self, status):
+        """Count an answer other than 200."""
+        self.refused.labels(status).inc()
+
+    def record(self, sequence, request_id):
+        """Count a request that has ended, and log it in one line; never what it said."""
+        start = sequence.arrival_time
+        times = sequence.token_times
+        end = time.perf_counter()
+        admitted = sequence.admission_time or end
+        first = times[0] if times else end
+        self.ended.labels(sequence.finish_reason).inc()
+        self.e2e.observe(end - start)
+        if sequence.admission_time:
+            self.queue_time.observe(admitted - start)
+        if times:
+            self.ttft.observe(first - start)
+            self.recent_ttft.append(first - start)
+        for before, after in zip(times, times[1:]):
+            self.itl.observe(after - before)
+        log.info("%s %s: %d + %d tokens, waited %.3f s, first token %.3f s, all %.3f s",
+                 request_id, sequence.finish_reason, len(sequence.prompt_tokens), len(times),
+                 admitted - start, first - start, end - start)
+
+
+@private.get("/metrics")
+async def metrics(request: Request):
+    """Gauges, totals and latencies for Prometheus."""
+    return PlainTextResponse(generate_latest(request.app.state.monitor.registry))
+
+
+class Feed:
+    """The live batch for the page at / and for others who watch; nothing of what requests say.
+
+    Viewers share a snapshot, at most one in `interval` seconds.
+    """
+
+    def __init__(self, engine, monitor, model_name, max_viewers, interval=0.1):
+        self.engine = engine
+        self.monitor = monitor
+        self.model_name = model_name
+        self.max_viewers = max_viewers
+        self.interval = interval
+        self.viewers = 0
+        self.numbers = WeakKeyDictionary()  # sequence: its number
+        self.counter = count(1)
+        self.made = -math.inf  # when the shared snapshot was made
+        self.text = ""
+
+    def number(self, sequence):
+        """1, 2, 3 …: a request's name for viewers."""
+        if sequence not in self.numbers:
+            self.numbers[sequence] = next(self.counter)
+        return self.numbers[sequence]
+
+    def slot(self, sequence):
+        """[number, phase, prompt tokens read, prompt tokens, tokens generated, tokens wanted].
+
+        Phases: 0 prefill, 1 decode, 2 done, its slot not free before the batch's end.
+        """
+        prompt = len(sequence.prompt_tokens)
+        generated = len(sequence.generated_tokens)
+        read = min(sequence.position, prompt)
+        if generated:  # generate() tells no position
+            read = prompt
+        phase = 1 if read == prompt else 0
+        if sequence.status is Status.FINISHED:
+            phase = 2
+        number = self.number(sequence)
+        return [number, phase, read, prompt, generated, sequence.params.max_tokens]
+
+    def snapshot(self):
+        """The batch now, as a dict ready for JSON."""
+        engine = self.engine
+        slots = [None] * engine.max_batch
+        with engine.lock:
+            for sequence in engine.running:
+                slots[sequence.slot or 0] = self.slot(sequence)
+            stats = engine.stats()
+        kept = sum(slot[2] + slot[4] for slot in slots if slot)
+        ttft = spread_ms(self.monitor.recent_ttft)
+        return {"time": round(time.monotonic(), 3), "model": self.model_name,
+                "engine": type(engine).__name__.removesuffix("Engine").lower(), "slots": slots,
+                "waiting": stats.waiting, "steps": stats.steps,
+                "generated": stats.generated_tokens, "ttft_ms": [ttft["p50"], ttft["p99"]],
+                "kv": round(kept / (engine.max_batch * engine.max_len), 4)}
+
+    async def stream(self):
+        """Snapshots as events, until the engine ends or the viewer leaves."""
+        self.viewers += 1
+        try:
+            while self.engine.thread.is_alive():
+                if time.monotonic() - self.made >= self.interval:
+                    self.made = time.monotonic()
+                    self.text = event(self.snapshot())
+                yield self.text
+                await asyncio.sleep(self.interval)
+        finally:
+            self.viewers -= 1
+
+
+@private.get("/events", include_in_schema=False)
+async def events(request: Request):
+    """What the page reads: a snapshot of the batch ten times a second, as server-sent events."""
+    feed = request.app.state.feed
+    if feed.viewers >= feed.max_viewers:
+        raise APIError(503, f"{feed.max_viewers} viewers watch already; try again later",
+                       headers={"Retry-After": "10"})
+    return StreamingResponse(feed.stream(), media_type="text/event-stream",
+                             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+
+@pages.get("/", include_in_schema=False)
+async def page(request: Request):
+    """The live batch as a page; the engine and the key decide what it offers."""
+    state = request.app.state
+    key = "yes" if state.api_key else "no"
+    chat = "yes" if state.engine.tokenizer.chat_template else "no"
+    html = files(__package__).joinpath("live.html").read_text(encoding="utf-8")
+    html = html.replace("<html", f'<html data-key="{key}" data-chat="{chat}"', 1)
+    return HTMLResponse(html, headers={"Content-Security-Policy": "default-src 'none'; "
+                        "connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+                        "script-src 'unsafe-inline'", "Cache-Control": "no-cache"})

@@ -1,0 +1,94 @@
+"""The JSON of an answer, whole or in chunks, and the response that streams it."""
+import asyncio
+import json
+import time
+import uuid
+from contextlib import suppress
+
+from fastapi.responses import StreamingResponse
+
+DONE = "data: [DONE]\n\n"
+
+
+def event(data):
+    """One server-sent event; lines end in LF, since some clients lose events that end in CRLF."""
+    return f"data: {json.dumps(data)}\n\n"
+
+
+class Reply:
+    """The JSON shapes of one answer: as text, or as a chat message."""
+
+    def __init__(self, model_name, prompt_tokens, chat):
+        self.chat = chat
+        self.prompt_tokens = prompt_tokens  # how many
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.base = {"id": self.id, "created": int(time.time()), "model": model_name}
+        self.template = ChunkTemplate(self.piece("TEXT"))
+        self.count = 0  # completion tokens so far
+
+    def whole(self, text, finish_reason, count):
+        """The answer as one JSON object."""
+        content = {"text": text}
+        if self.chat:
+            content = {"message": {"role": "assistant", "content": text}}
+        kind = "chat.completion" if self.chat else "text_completion"
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        return {**self.base, "object": kind, "choices": [choice], "usage": self.usage(count)}
+
+    def chunk(self, piece):
+        """A Piece as an event. The role goes out with the first token: earlier, it fakes a TTFT."""
+        first = self.count == 0
+        self.count = piece.tokens
+        if piece.finish_reason is None and not first:
+            return self.template.fill(piece.text)
+        role = {"role": "assistant"} if first else {}
+        return self.piece(piece.text, piece.finish_reason, **role)
+
+    def usage_chunk(self):
+        """The last event of a stream whose client asked for the token counts."""
+        return self.event([], usage=self.usage(self.count))
+
+    def piece(self, text, finish_reason=None, **role):
+        content = {"delta": {**role, "content": text}} if self.chat else {"text": text}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        return self.event([choice])
+
+    def event(self, choices, **more):
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return event({**self.base, "object": kind, "choices": choices, **more})
+
+    def usage(self, count):
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": count,
+                "total_tokens": self.prompt_tokens + count}
+
+
+class ChunkTemplate:
+    """Most chunks of a stream differ in their text alone, so their JSON is written once."""
+
+    def __init__(self, chunk):
+        self.before, self.after = chunk.split('"TEXT"')
+
+    def fill(self, text):
+        return self.before + json.dumps(text) + self.after
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, inside of `attended` even if the client leaves before the first.
+
+    limit: seconds; a client that never reads is given up then, whatever is left to send.
+    """
+
+    def __init__(self, events, headers, attended, limit):
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.attended = attended
+        self.limit = limit
+
+    async def __call__(self, scope, receive, send):
+        with self.attended, suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(super().__call__(scope, receive, send), self.limit)
+
+
+async def until_disconnect(request):
+    """Return when the client has gone. A handler of a whole reply is not told otherwise."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

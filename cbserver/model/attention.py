@@ -1,0 +1,58 @@
+"""Attention that leaves grouped heads packed, and the shape of what it keeps of a token."""
+import copy
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+
+def kv_shape(model):
+    """(layers, kv_heads, head_dim): a token's keys are that many numbers, and so are its values."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None:
+        head_dim = config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads, head_dim
+
+
+def grouped_attention(module, query, keys, values, mask, scaling=None, **kwargs):
+    """Attention that decodes with grouped heads left packed: keys are read once, not per head.
+
+    query: [rows, heads, new, head_dim]. keys, values: [rows, kv_heads, span, head_dim].
+    mask: [rows, 1, new, span], true where a query sees a key; None: causal, a prompt on its own
+    keys. Returns ([rows, new, heads, head_dim], None), as transformers wants it.
+    """
+    decodes = mask is not None and query.shape[2] == 1
+    attend = attend_packed if decodes else attend_expanded
+    out = attend(query, keys, values, mask, scaling)  # as query
+    return out.transpose(1, 2), None
+
+
+def attend_packed(query, keys, values, mask, scaling):
+    """One new token a row: the query heads that share a key head are rows of one product."""
+    kv_heads = keys.shape[1]
+    packed = query.view(len(query), kv_heads, -1, query.shape[3])  # [rows, kv_heads, group, dim]
+    scores = packed * scaling @ keys.mT  # [rows, kv_heads, group, span]
+    scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return (weights @ values).view(query.shape)
+
+
+def attend_expanded(query, keys, values, mask, scaling):
+    """Many new tokens, which are bound by arithmetic: torch's fused attention, keys per head."""
+    group = query.shape[1] // keys.shape[1]
+    keys = keys.repeat_interleave(group, 1)
+    values = values.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling,
+                                          is_causal=mask is None)
+
+
+AttentionInterface.register("grouped", grouped_attention)
+
+
+def with_attention(model, name="grouped"):
+    """The same weights in modules of their own, whose attention is another: `model` is untouched."""
+    weights = {id(w): w for w in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, weights)
+    twin.set_attn_implementation(name)
+    return twin

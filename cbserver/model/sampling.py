@@ -1,0 +1,130 @@
+"""How a token is chosen from logits: what a client may ask for, and a draw for each row."""
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a client asks for. temperature 0 is greedy; top_p 1 and top_k 0 leave every token in.
+
+    stop: texts that end an answer. They are applied where there is text, not in the engine.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    @property
+    def greedy(self):
+        """Below 1e-5 dividing by the temperature would overflow; the likeliest token wins anyway."""
+        return self.temperature < 1e-5
+
+
+def sample(logits, params, positions):
+    """One token id a row, [rows], on the logits' device: nothing here waits for it.
+
+    logits: [rows, vocabulary]. params: a SamplingParams for each row; a greedy one gets the
+    likeliest token. positions: where each token will stand. (seed, position) alone decide a draw,
+    whatever else is in the batch.
+    """
+    likeliest = logits.argmax(-1)  # [rows]
+    if all(p.greedy for p in params):
+        return likeliest
+    device = logits.device
+    greedy = upload([p.greedy for p in params], device)  # [rows], as all that follow
+    temperature = upload([1.0 if p.greedy else p.temperature for p in params], device)
+    logits = logits / temperature[:, None]  # float32
+    if any(p.top_k or p.top_p < 1 for p in params):
+        logits = keep_likeliest(logits, params)
+    seed = upload([seed_of(p) for p in params], device)
+    position = upload(positions, device)
+    # The largest of logit + Gumbel noise is a draw from softmax(logits): Gumbel, 1954.
+    noise = gumbel(seed, position, logits.shape[-1])
+    drawn = (logits + noise).argmax(-1)
+    return torch.where(greedy, likeliest, drawn)
+
+
+def seed_of(params):
+    """63 bits: the request's own seed, or new ones for each token."""
+    if params.seed is None:
+        return random.getrandbits(63)
+    return params.seed % 2**63
+
+
+def keep_likeliest(logits, params):
+    """Logits [rows, vocabulary] with -inf outside each row's top_k and its nucleus of mass top_p."""
+    vocabulary = logits.shape[-1]
+    # Chances may add up to slightly more than 1: a top_p of 1 must not cut even then.
+    top_p = upload([p.top_p if p.top_p < 1 else math.inf for p in params], logits.device)
+    top_k = upload([min(p.top_k, vocabulary) or vocabulary for p in params], logits.device)
+    chances, order = logits.softmax(-1).sort(descending=True)
+    rank = torch.arange(vocabulary, device=logits.device)
+    # What comes before a token, not the token itself, decides: the one that crosses top_p stays.
+    mass_before = chances.cumsum(-1) - chances
+    drop = (mass_before >= top_p[:, None]) | (rank >= top_k[:, None])  # likeliest first
+    drop = drop.scatter(-1, order, drop)  # in the order of the vocabulary
+    return logits.masked_fill(drop, float("-inf"))
+
+
+def gumbel(seed, position, count):
+    """Gumbel noise [rows, count]; each number depends on (seed, position, column) alone.
+
+    seed, position: int64 [rows]. Counter-based (splitmix64), so there is no state to keep, and a
+    row draws the same on every device and in every batch.
+    """
+    row = scramble(scramble(seed) + position)
+    column = torch.arange(count, device=seed.device)
+    bits = scramble((row[:, None] + column) * -0x61C8864680B583EB)
+    uniform = ((bits >> 41 & 0x7FFFFF).float() + 0.5) / 2**23  # of (0, 1), its ends left out
+    return -(-uniform.log()).log()
+
+
+def scramble(x):
+    """splitmix64's mixing of 64 bits. int64 has a sign: the masks keep it out of what is shifted."""
+    x = (x ^ (x >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & 2**33 - 1)
+
+
+def resample(tokens, logits, slots, params, positions):
+    """Where a row samples, draw its token anew; what is all greedy stays as it is.
+
+    tokens: [slots], changed in place. logits: [slots or fewer, vocabulary].
+    """
+    if not all(p.greedy for p in params):
+        rows = upload(slots, tokens.device)
+        tokens[rows] = sample(logits[rows], params, positions)
+
+
+def upload(rows, device):
+    """Numbers, or lists of them padded with 0, as a tensor on the device, without waiting for it."""
+    if isinstance(rows[0], list):
+        width = max(map(len, rows))
+        rows = [row + [0] * (width - len(row)) for row in rows]
+    tensor = torch.tensor(rows)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def fetch(tensor, rows):
+    """Start copying a vector to the CPU; returns the function that waits and lists these rows."""
+    if tensor.device.type != "cuda":
+        return tensor[rows].tolist
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)  # who waits for it sleeps: the core is free
+    arrived.record()
+
+    def wait():
+        arrived.synchronize()
+        return host[rows].tolist()
+
+    return wait

@@ -1,0 +1,109 @@
+"""The life of a server's process: prepare it, load the engine, serve, and end in two phases."""
+import faulthandler
+import gc
+import math
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import uvicorn
+
+from .batch import BatchRunner, StaticEngine
+from .fast import FastStep
+from .model.load import fit_slots, load_model
+from .scheduler import ContinuousEngine
+from .sequence import SequentialEngine
+
+ENGINES = {"continuous": ContinuousEngine, "static": StaticEngine, "sequential": SequentialEngine}
+
+
+def prepare():
+    """Settings of a process that serves. Returns the list of the threads' failures, empty yet."""
+    sys.setswitchinterval(5e-4)  # the engine's thread need not wait 5 ms for the event loop's
+    failures = []
+
+    def note(failure):
+        explain(failure)
+        failures.append(failure)
+
+    threading.excepthook = note
+    return failures
+
+
+def explain(failure):
+    """The engine's thread has ended: its traceback, and which knob helps, if one does."""
+    threading.__excepthook__(failure)
+    if isinstance(failure.exc_value, torch.OutOfMemoryError):
+        print("The GPU's memory ran out: lower --max-batch or --max-len.", file=sys.stderr)
+
+
+def load_engine(args, engine_class=None):
+    """The engine that the arguments ask for; raises ModelUnavailable."""
+    # In a thread that ends: OpenMP keeps a team of workers for every thread that ran a parallel
+    # loop, and a second team in the process slowed the engine's own by a quarter on two cores.
+    with ThreadPoolExecutor(1) as thread:
+        engine = thread.submit(build_engine, args, engine_class).result()
+    # A full collection of garbage looks at every object of torch and transformers, and no stream
+    # moves for a third of a second; they stay to the end, so it need not.
+    gc.collect()
+    gc.freeze()
+    return engine
+
+
+def build_engine(args, engine_class=None):
+    """The model and the engine that the arguments ask for, its keys and values sized to fit."""
+    model, tokenizer = load_model(args.model)
+    engine_class = engine_class or ENGINES[args.engine]
+    if engine_class is SequentialEngine:
+        return SequentialEngine(model, tokenizer, 1, args.max_len, args.max_waiting)
+    batch, max_len = fit_slots(model, args.max_batch, args.max_len)
+    fast = model.device.type == "cuda" if args.fast is None else args.fast
+    runner = FastStep if fast else BatchRunner
+    return engine_class(model, tokenizer, batch, max_len, args.max_waiting, args.prefill_budget,
+                        runner)
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that ends with its engine, in two phases.
+
+    A first signal closes the engine to new requests (503) and lets it finish those it has, for
+    drain_timeout seconds; a second one ends the process at once.
+    """
+
+    def __init__(self, app, host, port, drain_timeout=30):
+        super().__init__(uvicorn.Config(app, host=host, port=port, log_level="warning",
+                                        timeout_graceful_shutdown=5))
+        self.engine = app.state.engine
+        self.drain_timeout = drain_timeout
+        self.deadline = math.inf
+
+    def handle_exit(self, signal, frame):
+        if self.draining:
+            end_at_once()
+        self.deadline = time.monotonic() + self.drain_timeout
+        self.engine.close(None)
+
+    @property
+    def draining(self):
+        return self.deadline < math.inf
+
+    async def on_tick(self, counter):
+        """uvicorn asks ten times a second whether to end."""
+        late = time.monotonic() > self.deadline
+        ended = not self.engine.thread.is_alive()
+        if late:
+            self.engine.close("abort")
+            faulthandler.dump_traceback_later(15, exit=True)  # for a step that never returns
+        elif ended and self.draining:  # slow readers have what is left of the time
+            self.config.timeout_graceful_shutdown = max(5, self.deadline - time.monotonic())
+        return await super().on_tick(counter) or late or ended
+
+
+def end_at_once():
+    ngrok = sys.modules.get("pyngrok.ngrok")
+    if ngrok:
+        ngrok.kill()  # or the tunnel would outlive the server
+    os._exit(1)
