@@ -95,8 +95,9 @@ def engine_lines():
 
 
 # Imports go down: a module may use those of the layers above its own in this list.
-LAYERS = [["model.sampling", "model.attention", "metrics"], ["model.load"], ["baseline"],
-          ["sequence"], ["batch", "http.errors", "http.replies", "http.schema", "http.tunnel"],
+LAYERS = [["model.sampling", "model.attention", "model.random_llama", "metrics"],
+          ["model.load"], ["baseline"], ["sequence"],
+          ["batch", "http.errors", "http.replies", "http.schema", "http.tunnel"],
           ["scheduler", "fast", "http.text", "http.monitor"], ["server", "process", "cli"],
           ["on_ray"]]
 

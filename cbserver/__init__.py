@@ -7,13 +7,11 @@ __version__ = "0.2.0"
 # wait for torch, and a lesson's module that is broken while you edit it leaves the others alone.
 WHERE = {"load_model": ".model.load", "SamplingParams": ".model.sampling",
          "ContinuousEngine": ".scheduler", "create_app": ".server"}
-__all__ = [*WHERE]
 
 
 def __getattr__(name):
     if name not in WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has "
-                             f"{', '.join(WHERE)}, and modules to import")
+        raise AttributeError(f"cbserver has no {name!r}; it has {', '.join(WHERE)}, and modules")
     return getattr(importlib.import_module(WHERE[name], __name__), name)
 
 

@@ -1,5 +1,4 @@
 """`python -m cbserver` is the command line of cli.py."""
 from .cli import main
 
-if __name__ == "__main__":
-    main()
+main()

@@ -43,14 +43,12 @@ def parse(argv=None):
 
 def check_port(host, port):
     """End the program if the port is taken, before the model is loaded and not after."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, kind, _, _, address = found[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
-        sys.exit(f"Cannot listen on {host}:{port} ({error.strerror}); "
+        reason = error.strerror.partition(" (")[0]
+        sys.exit(f"Cannot listen on {host}:{port} ({reason}); "
                  "choose another port with --port.")
 
 
@@ -84,15 +82,14 @@ def main(argv=None, engine_class=None):
 
 def reach(args):
     """(a new API key or None, the URL). With a tunnel and no key of yours, one is made."""
-    made_key = None
     local = f"http://{args.host}:{args.port}"
     if not args.tunnel:
-        return made_key, local
+        return None, local
 
     from .http.tunnel import ngrok_token, open_tunnel
 
     token = ngrok_token()
-    if token and not args.api_key:
-        made_key = secrets.token_urlsafe(24)
+    made_key = secrets.token_urlsafe(24) if token and not args.api_key else None
+    if made_key:
         print(f"API key for this run: {made_key}")
     return made_key, open_tunnel(args.port, token) or local

@@ -16,16 +16,21 @@ def app(settings):
 
     serve run cbserver.on_ray:app replicas=2 model=smollm2 max_batch=16
 
-    replicas: how many servers, each with a model of its own. max_replicas: more of them while requests
-    in flight exceed a batch each. cpus, gpus: what a replica reserves (a GPU where there is one, else
-    an equal share of the cores). Every other word is a flag of `python -m cbserver` (no_fast=true for
-    one without a value); max_waiting is how many may wait before the replicas, one more gets a 503.
+    replicas: how many servers, each with a model of its own. max_replicas: more of them while
+    requests in flight exceed a batch each. cpus, gpus: what a replica reserves (a GPU where there
+    is one, else an equal share of the cores). Every other word is a flag of `python -m cbserver`
+    (no_fast=true for one without a value); max_waiting is how many may wait before the replicas,
+    one more gets a 503.
 
-    On a cluster: RAY_ADDRESS names it, this repository and its packages lie on every node, and gpus and
-    cpus are said, since what this machine has may not be what the others have.
+    On a cluster: RAY_ADDRESS names it, this repository and its packages lie on every node, and
+    gpus and cpus are said, since what this machine has may not be what the others have.
     """
     settings = {name.replace("-", "_"): str(value) for name, value in settings.items()}
-    scaling = take_scaling(settings)
+    least = int(settings.pop("replicas", 1))
+    most = int(settings.pop("max_replicas", least))
+    if not 0 < least <= most:
+        raise ValueError(f"replicas={least} max_replicas={most}: from 1 up, and no less")
+    reserved = take_reserved(settings, most)
     options = parse_flags(settings)
     options.max_batch = options.max_batch or 16
     # One batch runs and one waits beside it, so that no slot is free while a request travels; the
@@ -44,8 +49,9 @@ def app(settings):
                           max_viewers=VIEWERS)
 
     @serve.deployment(
-        name="cbserver", **scaling.replicas(options.max_batch),
-        ray_actor_options={"num_cpus": scaling.cpus, "num_gpus": scaling.gpus},
+        name="cbserver", ray_actor_options=reserved,
+        autoscaling_config={"min_replicas": least, "max_replicas": most,
+                            "target_ongoing_requests": options.max_batch},
         max_ongoing_requests=ongoing, max_queued_requests=queued,
         health_check_period_s=5, graceful_shutdown_timeout_s=options.drain_timeout)
     @serve.ingress(build)
@@ -58,33 +64,12 @@ def app(settings):
     return Replica.bind()
 
 
-class Scaling:
-    """How many replicas, and what each of them reserves."""
-
-    def __init__(self, least, most, cpus, gpus):
-        self.least = least
-        self.most = most
-        self.cpus = cpus
-        self.gpus = gpus
-
-    def replicas(self, batch):
-        """The keywords of a deployment: a fixed number, or one that follows the load."""
-        if self.most <= self.least:
-            return {"num_replicas": self.least}
-        return {"autoscaling_config": {"min_replicas": self.least, "max_replicas": self.most,
-                                       "target_ongoing_requests": batch}}
-
-
-def take_scaling(settings):
-    """Take the settings that are Ray's out of the dict: a Scaling."""
-    least = int(settings.pop("replicas", 1))
-    most = int(settings.pop("max_replicas", least))
-    if not 0 < least <= most:
-        raise ValueError(f"replicas={least} max_replicas={most}: from 1 up, and no less")
+def take_reserved(settings, replicas):
+    """Take out of the settings what a replica reserves: cores and GPUs, as Ray wants them."""
     gpus = float(settings.pop("gpus", int(torch.cuda.is_available())))
-    share = 1 if gpus else max(0.1, round(0.9 * os.cpu_count() / most, 1))
+    share = 1 if gpus else max(0.1, round(0.9 * os.cpu_count() / replicas, 1))
     cpus = float(settings.pop("cpus", share))
-    return Scaling(least, most, cpus, gpus)
+    return {"num_cpus": cpus, "num_gpus": gpus}
 
 
 def parse_flags(settings):

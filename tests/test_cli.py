@@ -125,7 +125,7 @@ def test_the_way_without_make_a_server_and_locust(tmp_path):
 
 
 def test_make_says_what_is_missing(tmp_path):
-    for name in ("Makefile", "requirements.txt", "requirements-model.txt"):
+    for name in ("Makefile", "pyproject.toml", "requirements.txt", "requirements-model.txt"):
         shutil.copy(ROOT / name, tmp_path)
     old = tmp_path / "old-python"
     pretend = "import sys; sys.version_info = (3, 8, 0)\nexec(sys.argv[1])"

@@ -56,8 +56,6 @@ def test_the_smallest_recording_that_is_large_enough_is_taken(tiny):
 
 
 KERNEL = """
-import sys
-sys.path[:0] = ["tests"]
 from conftest import prompt
 from test_fast import FastStep, run
 import cbserver.fast as fast
@@ -82,6 +80,7 @@ print("exact")
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_attention_kernel_is_exact_in_tritons_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run([sys.executable, "-c", KERNEL], cwd=ROOT, capture_output=True, text=True,
-                          timeout=240, env={**os.environ, "TRITON_INTERPRET": "1"})
+                          timeout=240, env=env)
     assert done.stdout.strip().endswith("exact"), done.stderr[-2000:]

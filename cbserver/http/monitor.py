@@ -120,14 +120,11 @@ class Feed:
         """
         prompt = len(sequence.prompt_tokens)
         generated = len(sequence.generated_tokens)
-        read = min(sequence.position, prompt)
-        if generated:  # generate() tells no position
-            read = prompt
+        read = prompt if generated else min(sequence.position, prompt)
         phase = 1 if read == prompt else 0
         if sequence.status is Status.FINISHED:
             phase = 2
-        number = self.number(sequence)
-        return [number, phase, read, prompt, generated, sequence.params.max_tokens]
+        return [self.number(sequence), phase, read, prompt, generated, sequence.params.max_tokens]
 
     def snapshot(self):
         """The batch now, as a dict ready for JSON."""

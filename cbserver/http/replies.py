@@ -28,9 +28,8 @@ class Reply:
 
     def whole(self, text, finish_reason, count):
         """The answer as one JSON object."""
-        content = {"text": text}
-        if self.chat:
-            content = {"message": {"role": "assistant", "content": text}}
+        message = {"message": {"role": "assistant", "content": text}}
+        content = message if self.chat else {"text": text}
         kind = "chat.completion" if self.chat else "text_completion"
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
         return {**self.base, "object": kind, "choices": [choice], "usage": self.usage(count)}

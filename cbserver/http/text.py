@@ -74,9 +74,8 @@ class Detokenizer:
         """What is left when no more tokens come."""
         if self.stopped:
             return ""
-        text = self.release(self.fresh()) + self.held
-        self.held = ""
-        return text
+        text = self.release(self.fresh())
+        return text + self.held
 
     def fresh(self):
         """The text of the tokens that have not gone out."""

@@ -9,9 +9,7 @@ from transformers import AttentionInterface
 def kv_shape(model):
     """(layers, kv_heads, head_dim): a token's keys are that many numbers, and so are its values."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None:
-        head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads, head_dim
 
 

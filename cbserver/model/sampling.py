@@ -53,9 +53,7 @@ def sample(logits, params, positions):
 
 def seed_of(params):
     """63 bits: the request's own seed, or new ones for each token."""
-    if params.seed is None:
-        return random.getrandbits(63)
-    return params.seed % 2**63
+    return random.getrandbits(63) if params.seed is None else params.seed % 2**63
 
 
 def keep_likeliest(logits, params):
