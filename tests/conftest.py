@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -93,6 +94,15 @@ def by_asgi(app, engine, receive_more, send):
                 await asyncio.sleep(0.01)
 
     asyncio.run(main())
+
+
+@pytest.fixture(autouse=True)
+def one_import():
+    """A lesson drops the package to import it anew; the next test has the classes it began with."""
+    loaded = {name: module for name, module in sys.modules.items()
+              if name.split(".")[0] == "cbserver"}
+    yield
+    sys.modules.update(loaded)
 
 
 def prompt(seed, length):

@@ -163,7 +163,7 @@ def test_chat_lengths_scatter_widely_and_a_long_prompt_comes_every_sixteenth():
 
 
 def test_the_medians_of_chat_lengths_hold_in_tokens():
-    from cbserver.baseline import load_model  # not above: the script does without torch
+    from cbserver.model.load import load_model  # not above: the script does without torch
 
     _, tokenizer = load_model("smollm2", device="cpu")
     sent = [len(ids) for ids in tokenizer([r.prompt for r in workload("chat", 2000)])["input_ids"]]
