@@ -128,7 +128,7 @@ def build(case, model, tokenizer):
         "continuous": BatchRunner,
         "one-slot": FastStep if model.device.type == "cuda" else BatchRunner,
         "continuous+fused": FastStep,
-        "continuous+graphs": functools.partial(FastStep, compiled=False),
+        "continuous+graphs": functools.partial(FastStep, fused=False),
         "continuous+graphs+fused": functools.partial(FastStep, kernel=False),
         "continuous+graphs+fused+kernel": FastStep,
     }
@@ -187,24 +187,24 @@ def time_step(runner, model, rows, span, bandwidth):
 
     floor_ms: weights once and every row's keys and values, at the measured copy bandwidth.
     """
-    import torch
-
     from cbserver.model.attention import kv_shape
+    from cbserver.sequence import Sequence
 
     layers, kv_heads, head_dim = kv_shape(model)
     cached = rows * span * 2 * layers * kv_heads * head_dim * model.dtype.itemsize
     gigabytes = (weight_bytes(model) + cached) / 1e9
     in_a_row = 1 if model.device.type == "cpu" else 20
+    sequences = [Sequence([0], slot=slot) for slot in range(rows)]
     times = []
-    with torch.inference_mode():
-        for _ in range(12):
-            synchronize(model.device)
-            start = time.perf_counter()
-            for _ in range(in_a_row):
-                runner.positions.fill_(span - 1)
-                runner.step(rows, span)
-            synchronize(model.device)
-            times.append((time.perf_counter() - start) / in_a_row)
+    for _ in range(12):
+        synchronize(model.device)
+        start = time.perf_counter()
+        for _ in range(in_a_row):
+            for sequence in sequences:
+                sequence.position = span - 1  # a row at the very end would be idle
+            runner.decode(sequences)
+        synchronize(model.device)
+        times.append((time.perf_counter() - start) / in_a_row)
     seconds = statistics.median(times)
     floor = gigabytes / bandwidth
     return {"step_ms": round(1e3 * seconds, 3), "step_floor_ms": round(1e3 * floor, 3),

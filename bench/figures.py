@@ -7,6 +7,8 @@ import matplotlib
 
 from bench import ladder, report, soak
 from bench.capacity import validation_table
+from bench.invariance import invariance_table
+from bench.lines import code_lines, engine_lines, modules
 from bench.offline import table
 from bench.plan import capacity_figure, plan_table
 from bench.results import DATA, ROOT
@@ -51,6 +53,35 @@ def comparison(result):
     if result.get("sweep"):
         lines.append(f"The knee of continuous batching is at {report.knee(result['sweep'])} users.")
     return "\n".join([report.table(result), "", " ".join(lines)])
+
+
+ENGINE_FILES = {
+    "sequence": "a request with its own queue of tokens; the loop that every engine shares",
+    "batch": "KV slots, one forward pass for many sequences; static batching",
+    "scheduler": "evict, admit, read prompts, decode, deliver: continuous batching"}
+
+
+def engine_text():
+    """The three files that are the engine, with their lines of code, for the README."""
+    lines = ["| file | what is inside | lines of code |", "|---|---|---:|"]
+    for name, what in ENGINE_FILES.items():
+        count = code_lines(modules("cbserver")[f"cbserver.{name}"].read_text(encoding="utf-8"))
+        lines.append(f"| [`cbserver/{name}.py`](cbserver/{name}.py) | {what} | {count} |")
+    classes = engine_lines()
+    names = ", ".join(f"`{name}` {count}" for name, count in classes.items())
+    lines += ["", f"Its five classes have {sum(classes.values())} lines: {names}. The rest of the "
+              "files are imports, errors, and the two engines that exist to be compared."]
+    return "\n".join(lines)
+
+
+def invariance_text():
+    """How many answers are the same at any load, for the README."""
+    result = load("invariance-h100")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join([invariance_table(result), "", f"{result['model']} on {result['hardware']}, "
+                      f"{versions}, `{result['command']}`. *Fixed*: all {result['slots']} slots in "
+                      "every pass, as the server does it. *Padded*: only the rows in use, padded "
+                      "to the next of a few sizes."])
 
 
 def ladder_text():
@@ -232,12 +263,11 @@ def setting(result):
         parts.append(result["note"])
     stall = result.get("stall", {})
     if len(stall) == 2:
-        pieces = stall["in pieces"]
-        whole = stall["whole"]
-        parts.append(f"A prompt of {whole['prompt_tokens']:,} tokens that arrives among 15 running "
-                     f"streams makes their longest pause {whole['worst_gap_ms']:,.0f} ms when "
-                     f"it is read whole, {pieces['worst_gap_ms']:,.0f} ms in pieces of "
-                     f"{pieces['prefill_budget']} (usually {pieces['usual_gap_ms']:,.1f} ms).")
+        paced, at_once = stall.values()
+        parts.append(f"A prompt of {paced['prompt_tokens']:,} tokens that arrives among 15 running "
+                     f"streams makes their longest pause {paced['worst_gap_ms']:,.0f} ms at "
+                     f"{paced['prefill_budget']:,} tokens a turn, {at_once['worst_gap_ms']:,.0f} "
+                     f"ms if it is read at once (usually {paced['usual_gap_ms']:,.1f} ms).")
     commands = "; ".join(f"`{command}`" for command in result["commands"])
     parts.append(f"Commands: {commands}.")
     return " ".join(parts)
@@ -249,7 +279,8 @@ def write_readme(text, readme, name="numbers"):
     return marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", readme)
 
 
-BLOCKS = {"numbers": numbers, "ladder": ladder_text, "http": http_text, "guidellm": guidellm_text,
+BLOCKS = {"numbers": numbers, "engine": engine_text, "invariance": invariance_text,
+          "ladder": ladder_text, "http": http_text, "guidellm": guidellm_text,
           "feed": feed_text, "ray": ray_text, "capacity": capacity_text}
 
 

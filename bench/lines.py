@@ -95,7 +95,8 @@ def engine_lines():
 
 
 # Imports go down: a module may use those of the layers above its own in this list.
-LAYERS = [["model.sampling", "model.attention", "model.random_llama", "metrics"],
+LAYERS = [["model.sampling", "model.attention", "model.random_llama", "model.trial",
+           "metrics"],
           ["model.load"], ["baseline"], ["sequence"],
           ["batch", "http.errors", "http.replies", "http.schema", "http.tunnel"],
           ["scheduler", "fast", "http.text", "http.monitor"], ["server", "process", "cli"],

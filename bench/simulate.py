@@ -12,6 +12,8 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 
+from cbserver.batch import PIECE
+
 ROUTES = ("in turn", "two choices", "least loaded")
 
 
@@ -20,9 +22,9 @@ class StepModel:
     """How long a step takes, in seconds; `bench.steps.fit` fits it to measured steps.
 
     decode: ((rows, seconds), ...), by rows, at span 0; between two of them it is linear.
-    per_key: for each row and position that a step looks back. per_pass, per_token: for prompts,
-    the padding included. lag: so many steps later a token is seen (1 on a GPU, where the next step
-    is launched first). overhead: ((requests in flight, seconds), ...) that HTTP takes of a request
+    per_key: for each row and position that a step looks back. per_pass, per_token: for prompts.
+    lag: so many steps later a token is seen (1 with FastStep, which launches the next step
+    first). overhead: ((requests in flight, seconds), ...) that HTTP takes of a request
     on its way; it grows as the server's event loop has more streams to write.
     """
 
@@ -57,16 +59,6 @@ def between(points, x):
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
-def passes_of(pieces):
-    """(passes, tokens with padding) in which `BatchRunner.prefill` reads pieces [(start, end)]."""
-    groups = {}
-    for start, end in pieces:
-        key = start, max(end - start - 1, 63).bit_length()
-        count, longest = groups.get(key, (0, 0))
-        groups[key] = count + 1, max(longest, end - start)
-    return len(groups), sum(count * longest for count, longest in groups.values())
-
-
 class Replica:
     """One server's engine: `comes(request, t)` when one arrives, `step_ends()` when it is `due`.
 
@@ -82,7 +74,7 @@ class Replica:
         self.used = 0  # bit i: slot i is taken
         self.decoding = 0  # bit i: the prompt in slot i is read
         self.waiting = deque()  # requests
-        self.unread = deque()  # [slot, prompt tokens read, request]
+        self.unread = deque()  # (slot, prompt tokens read, request)
         self.first = []  # requests that get their first token when this step ends
         self.ends = []  # heap of (step, slot, request)
         self.reach = {}  # slot: its sequence's position, less the number of the step
@@ -139,31 +131,30 @@ class Replica:
         while self.waiting and self.used != self.all_slots:
             lowest = ~self.used & (self.used + 1)  # the one bit of the lowest free slot
             self.used |= lowest
-            self.unread.append([lowest.bit_length() - 1, 0, self.waiting.popleft()])
+            self.unread.append((lowest.bit_length() - 1, 0, self.waiting.popleft()))
 
     def read(self):
-        """Prompts within the budget, the first ones first; seconds. Whole ones decode at once."""
+        """Read prompts piece by piece within the budget, the first ones first; seconds."""
         left = self.budget
-        pieces = []
+        passes = 0
         rest = deque()
-        for entry in self.unread:
-            slot, start, request = entry
+        for slot, position, request in self.unread:
             prompt, wanted = self.lengths[request % len(self.lengths)]
-            end = min(start + self.budget, prompt)
-            if end <= start + left:
-                pieces.append((start, end))
-                left -= end - start
-                entry[1] = end
-            if entry[1] < prompt:
-                rest.append(entry)
+            piece = min(prompt - position, PIECE, self.budget)
+            while 0 < piece <= left:
+                passes += 1
+                left -= piece
+                position += piece
+                piece = min(prompt - position, PIECE, self.budget)
+            if position < prompt:
+                rest.append((slot, position, request))
                 continue
-            self.decoding |= 1 << slot
+            self.decoding |= 1 << slot  # a prompt that is read decodes at once
             self.reach[slot] = prompt - self.step
             heapq.heappush(self.ends, (self.step + wanted + self.model.lag, slot, request))
             self.first.append(request)
         self.unread = rest
-        passes, tokens = passes_of(pieces)
-        return passes * self.model.per_pass + tokens * self.model.per_token
+        return passes * self.model.per_pass + (self.budget - left) * self.model.per_token
 
     def duration(self, steps):
         """Seconds of so many steps from here; each looks back one position further."""

@@ -3,26 +3,30 @@ import time
 
 import numpy as np
 
-from bench.simulate import StepModel, passes_of
+from bench.simulate import StepModel
 from cbserver.scheduler import ContinuousEngine
 
 # Noting
 
 
 class NotedRunner:
-    """Another runner's passes, and what the last of them read and decoded."""
+    """Another runner's passes, and what those of the present step read and decode."""
 
     def __init__(self, runner):
         self.runner = runner
-        self.pieces = []  # (start, end) of each piece of a prompt
+        self.passes = 0  # that read prompts
+        self.tokens = 0  # of prompts
         self.rows = 0
         self.span = 0
 
-    def prefill(self, sequences, budget):
-        before = [sequence.position for sequence in sequences]
-        self.runner.prefill(sequences, budget)
-        self.pieces = [(start, sequence.position) for start, sequence in zip(before, sequences)
-                       if sequence.position > start]
+    def begin_step(self):
+        self.passes = 0
+        self.tokens = 0
+
+    def prefill(self, sequence, end):
+        self.passes += 1
+        self.tokens += end - sequence.position
+        self.runner.prefill(sequence, end)
 
     def decode(self, sequences):
         self.rows = max((sequence.slot + 1 for sequence in sequences), default=0)
@@ -31,7 +35,7 @@ class NotedRunner:
 
 
 class NotedEngine(ContinuousEngine):
-    """Adds [rows, span, passes, prompt tokens with padding, seconds] of every step to `log`.
+    """Adds [rows, span, passes, prompt tokens, seconds] of every step to `log`.
 
     A step's time runs from the end of the one before, if there was work: the engine's thread also
     waits for the lock, and for Python's while the event loop writes to the clients.
@@ -45,10 +49,11 @@ class NotedEngine(ContinuousEngine):
 
     def step(self):
         begin = time.perf_counter() if self.ended is None else self.ended
+        noted = self.runner
+        noted.begin_step()
         super().step()
         now = time.perf_counter()
-        noted = self.runner
-        self.log.append([noted.rows, noted.span, *passes_of(noted.pieces), now - begin])
+        self.log.append([noted.rows, noted.span, noted.passes, noted.tokens, now - begin])
         self.ended = now if self.running or self.waiting else None
 
 

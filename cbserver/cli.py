@@ -8,6 +8,7 @@ import socket
 import sys
 
 ENGINES = ("continuous", "static", "sequential")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse(argv=None):
@@ -19,11 +20,14 @@ def parse(argv=None):
     add("--model", help="Hub id, local folder, smollm2, random:tiny or random:llama-3.2-1b")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
-    add("--max-batch", type=int, help="sequences served at once (16, or fewer if no more fit)")
-    add("--max-len", type=int, help="tokens of a sequence, prompt and answer (as many as fit)")
+    add("--max-batch", type=int, help="sequences served at once (16, or as many as fit)")
+    add("--max-len", type=int, help="tokens of a sequence, prompt and answer (2048)")
     add("--max-waiting", type=int, default=256, help="requests that may wait before 429 (256)")
-    add("--prefill-budget", type=int, default=512, help="prompt tokens read in one step (512)")
+    add("--prefill-budget", type=int, help="prompt tokens read in a step (2048 on a GPU, else 512)")
+    add("--dtype", choices=DTYPES, help="of the weights (float32 on a CPU, else half precision)")
     add("--fast", action=argparse.BooleanOptionalAction, help="CUDA graphs (default: on a GPU)")
+    add("--invariant", action=argparse.BooleanOptionalAction,
+        help="with --fast: the same answer at any load (default: for up to 64 at once)")
     add("--request-timeout", type=float, default=600, help="seconds for a request (600)")
     add("--drain-timeout", type=float, default=30, help="seconds to finish after SIGTERM (30)")
     add("--max-body", type=int, default=2**20, help="bytes of a request's body (1048576)")

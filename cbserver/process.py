@@ -1,5 +1,6 @@
 """The life of a server's process: prepare it, load the engine, serve, and end in two phases."""
 import faulthandler
+import functools
 import gc
 import math
 import os
@@ -55,15 +56,20 @@ def load_engine(args, engine_class=None):
 
 def build_engine(args, engine_class=None):
     """The model and the engine that the arguments ask for, its keys and values sized to fit."""
-    model, tokenizer = load_model(args.model)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    model, tokenizer = load_model(args.model, dtype=dtype)
     engine_class = engine_class or ENGINES[args.engine]
     if engine_class is SequentialEngine:
         return SequentialEngine(model, tokenizer, 1, args.max_len, args.max_waiting)
     batch, max_len = fit_slots(model, args.max_batch, args.max_len)
     fast = model.device.type == "cuda" if args.fast is None else args.fast
-    runner = FastStep if fast else BatchRunner
-    return engine_class(model, tokenizer, batch, max_len, args.max_waiting, args.prefill_budget,
-                        runner)
+    runner = functools.partial(FastStep, invariant=args.invariant) if fast else BatchRunner
+    engine = engine_class(model, tokenizer, batch, max_len, args.max_waiting, args.prefill_budget,
+                          runner)
+    if model.dtype != torch.float32 and not getattr(engine.runner, "invariant", False):
+        print("In half precision an answer may depend on who else is served: "
+              "the rounding changes with the batch.", flush=True)
+    return engine
 
 
 class DrainingServer(uvicorn.Server):

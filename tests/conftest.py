@@ -21,8 +21,8 @@ class Instant:
     def __init__(self, after=lambda: None):
         self.after = after
 
-    def call_soon_threadsafe(self, callback):
-        callback()
+    def call_soon_threadsafe(self, callback, *arguments):
+        callback(*arguments)
         self.after()
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import capacity, plan
-from bench.simulate import ROUTES, Replica, StepModel, passes_of, simulate, think_time
+from bench.simulate import ROUTES, Replica, StepModel, simulate, think_time
 from bench.steps import NotedEngine, NotedRunner, fit, from_json
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
@@ -66,29 +66,6 @@ def test_every_token_comes_in_the_same_step_as_in_the_real_engine(tiny, data):
     run = simulate(UNIT, wanted, len(wanted), len(wanted), slots=slots, budget=budget,
                    thinks=lambda i: float(arrivals[i]))
     assert [(round(a), round(b)) for a, b in zip(run.first, run.end)] == real
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.integers(16, 600))
-def test_passes_and_their_padding_are_those_of_the_runner(tiny, lengths, budget):
-    engine = by_hand(NotedEngine(*tiny, max_batch=6, max_len=512, prefill_budget=budget, log=[]))
-    runner = engine.runner.runner
-    read = runner.read
-    shapes = []
-
-    def noted(rows, start, span):
-        shapes.append((len(rows), rows.shape[1] - 3))
-        return read(rows, start, span)
-
-    runner.read = noted
-    for i, length in enumerate(lengths):
-        engine.submit(prompt(i, length), SamplingParams(1, ignore_eos=True))
-    for _ in range(4):
-        shapes.clear()
-        if engine.waiting or engine.running:
-            engine.step()
-            assert passes_of(engine.runner.pieces) == (
-                len(shapes), sum(rows * columns for rows, columns in shapes))
 
 
 def test_many_steps_at_once_take_as_long_as_one_by_one():

@@ -68,10 +68,10 @@ def test_slots_are_sized_from_what_is_free(monkeypatch, capsys):
     # 2 layers x 2 heads x 16 numbers, keys and values: 512 bytes a token
     model, _ = load.load_model("random:tiny", device="cpu")
     monkeypatch.setattr(load.psutil, "virtual_memory", lambda: mock.Mock(available=10_000_000))
-    assert load.fit_slots(model) == (16, 919)  # 0.8 x 10 MB / 512 bytes / 17 slots
-    assert "16 slots of 919 tokens" in capsys.readouterr().out
+    assert load.fit_slots(model) == (16, 976)  # 0.8 x 10 MB / 512 bytes / 16 slots
+    assert "16 slots of 976 tokens" in capsys.readouterr().out
     assert load.fit_slots(model, max_batch=4) == (4, 2048), "never longer than the context"
-    assert load.fit_slots(model, max_len=2000) == (6, 2000), "fewer than 16 where 16 do not fit"
+    assert load.fit_slots(model, max_len=2000) == (7, 2000), "fewer than 16 where 16 do not fit"
     capsys.readouterr()
     assert load.fit_slots(model, 7, 1000) == (7, 1000) and not capsys.readouterr().out
     with pytest.raises(load.ModelUnavailable, match="17 slots of 1000 tokens: 0.0 GB"):

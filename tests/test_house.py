@@ -18,7 +18,6 @@ from bench.lines import (
 )
 
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NEXT_ISSUE = {"cbserver.sequence", "cbserver.batch", "cbserver.scheduler", "cbserver.fast"}
 
 
 def lines_of(*names):
@@ -31,19 +30,19 @@ def test_the_counter_counts_code_and_nothing_else():
     assert class_lines("import x\n\nclass A:\n    'doc'\n    y = 1  # one\n") == {"A": 2}
 
 
-def test_the_engine_is_five_classes_in_200_lines_and_three_files_of_320():
-    assert sum(engine_lines().values()) <= 200
+def test_the_engine_is_five_classes_in_230_plain_lines_and_three_files_of_320():
+    assert sum(engine_lines().values()) <= 230
     assert lines_of("sequence", "batch", "scheduler") <= 320
 
 
 def test_what_each_lesson_teaches_is_small():
-    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 230)):
+    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 270)):
         assert lines_of(name) <= most, f"{name}: {lines_of(name)} lines"
 
 
-def test_what_is_given_fits_in_900_lines():
+def test_what_is_given_fits_in_1000_lines():
     given = [path for name, path in modules("cbserver").items() if not is_taught(name)]
-    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in given) <= 900
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in given) <= 1000
 
 
 def test_imports_go_one_way():
@@ -161,12 +160,12 @@ def test_the_plain_rule_sees_what_it_should(source, count):
 
 def test_code_is_plain():
     """nano-vllm has 4 folded statements in 1,450 lines; at most 3 in 1,000 here."""
-    found, lines = [], 0
+    found = []
+    lines = 0
     for name, path in modules("cbserver", "load", "bench", "tools").items():
-        if name not in NEXT_ISSUE:
-            source = path.read_text()
-            lines += code_lines(source)
-            found += [f"{name}:{line}: {what}" for line, what in folded(ast.parse(source))]
+        source = path.read_text(encoding="utf-8")
+        lines += code_lines(source)
+        found += [f"{name}:{line}: {what}" for line, what in folded(ast.parse(source))]
     assert len(found) <= 3 * lines / 1000, found
 
 

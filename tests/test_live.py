@@ -55,7 +55,7 @@ def test_without_an_edit_the_hook_writes_what_nbdev_wrote(course, path, capsys):
     ("05", "return sorted(values)[max(0", "return 0 * sorted(values)[max(0"),
     ("05", 'LATENCIES = ("ttft"', 'NEW = 5\nLATENCIES = ("ttft"'),
     ("05", "def percentile(", "def worst(values):\n    return max(values)\n\n\ndef percentile("),
-    ("04", "return True", "return len(self.running) < 3"),
+    ("04", "left = self.prefill_budget", "left = 100"),
     ("02", "from collections import", "import json\nfrom collections import")])
 def test_an_edit_gives_what_nbdev_makes_of_the_edited_notebook(course, number, old, new):
     path = lesson(course, number)
@@ -77,7 +77,7 @@ def test_an_edit_gives_what_nbdev_makes_of_the_edited_notebook(course, number, o
 
 def test_a_cell_that_ran_twice_counts_as_it_ran_last_and_a_failure_not_at_all(course, capsys):
     seen = recorder(course, lesson(course, "04"))
-    source = "#| export\nclass ContinuousEngine(StaticEngine):\n    may_change = {}\n"
+    source = "#| export\nclass ContinuousEngine(Engine):\n    may_change = {}\n"
     seen.note(ran(source.format("first")))
     seen.note(ran(source.format("second")))
     seen.note(ran(source.format("third"), success=False))
@@ -88,9 +88,9 @@ def test_a_cell_that_ran_twice_counts_as_it_ran_last_and_a_failure_not_at_all(co
 
 @pytest.mark.parametrize("edit, reason", [
     (lambda source: source.replace("ContinuousEngine(", "Mine("), "lack ContinuousEngine"),
-    (lambda source: source.replace("return True", "return True\n\n\nnot_there.at_all"),
+    (lambda source: source + "\n\n\nnot_there.at_all",
      "name 'not_there' is not defined"),
-    (lambda source: source.replace("return True", "return True\n\n\n%timeit 1"), "no Python")])
+    (lambda source: source + "\n\n\n%timeit 1", "no Python")])
 def test_a_module_that_would_not_work_is_refused_with_the_reason(course, edit, reason):
     def change(source):
         return edit(source) if "class ContinuousEngine" in source else source
@@ -115,10 +115,10 @@ def test_one_line_restores_the_courses_version(course):
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "course"]):
         subprocess.run([*git, *command], cwd=course, check=True)
     seen = recorder(course, lesson(course, "04"),
-                    lambda source: source.replace("return True", "return False"))
+                    lambda source: source.replace("left = self", "left = 2 * self"))
     before = module(course, seen)
     seen.export_module()
-    assert "return False" in module(course, seen)
+    assert "left = 2 * self" in module(course, seen)
     seen.restore()
     assert module(course, seen) == before
 
@@ -132,9 +132,12 @@ def cell(source):
     return result.result
 cell("import lesson; lesson.note_exports()")
 cell("#| default_exp scheduler")
-cell("#| export\\nfrom cbserver.batch import StaticEngine")
+cell("from cbserver.sequence import Engine")
 cell('''#| export
-class ContinuousEngine(StaticEngine):
+class ContinuousEngine(Engine):
+    def __init__(self, model, tokenizer, *limits):
+        super().__init__(model, tokenizer, *limits[:3])
+
     def submit(self, *request):
         from cbserver.sequence import QueueFull
         raise QueueFull("closed by a learner")

@@ -70,7 +70,7 @@ def test_the_baseline_has_one_slot_and_no_position_and_is_shown_all_the_same(tin
     engine.submit(prompt(1, 5), SamplingParams(4))
     sequence = engine.take()
     assert feed.snapshot()["slots"] == [[1, 0, 0, 5, 0, 4]]
-    engine.deliver([sequence], [7])
+    engine.deliver([(sequence, 7)])
     assert feed.snapshot()["slots"] == [[1, 1, 5, 5, 1, 4]]
 
 

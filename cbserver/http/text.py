@@ -128,10 +128,8 @@ async def pieces(engine, sequence):
                 engine.abort(sequence, "stop")
                 yield Piece(text, "stop", count)
                 return
-            with engine.lock:  # so that the last token and its reason are seen together
-                waits = count < len(sequence.generated_tokens)
-                end = sequence.finish_reason
-            if waits:
+            end = sequence.finish_reason  # looked at first: no token is added once it is set
+            if count < len(sequence.generated_tokens):
                 continue
             if end in ("stop", "length"):
                 yield Piece(text + detokenizer.finish(), end, count)

@@ -1,8 +1,10 @@
 """Attention that leaves grouped heads packed, and the shape of what it keeps of a token."""
 import copy
+import mmap
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 
@@ -13,12 +15,21 @@ def kv_shape(model):
     return config.num_hidden_layers, config.num_key_value_heads, head_dim
 
 
+def untouched_zeros(shape, dtype, device):
+    """Zeros. On a CPU their memory is taken page by page as it is written, not at once."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = torch.Size(shape).numel()
+    pages = mmap.mmap(-1, count * dtype.itemsize)  # the operating system's, zero until written
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
 def grouped_attention(module, query, keys, values, mask, scaling=None, **kwargs):
     """Attention that decodes with grouped heads left packed: keys are read once, not per head.
 
     query: [rows, heads, new, head_dim]. keys, values: [rows, kv_heads, span, head_dim].
-    mask: [rows, 1, new, span], true where a query sees a key; None: causal, a prompt on its own
-    keys. Returns ([rows, new, heads, head_dim], None), as transformers wants it.
+    mask: [rows, 1, new, span], true where a query sees a key; None: the new tokens are the last of
+    the span, and each sees what stands before it. Returns ([rows, new, heads, head_dim], None), as transformers wants it.
     """
     decodes = mask is not None and query.shape[2] == 1
     attend = attend_packed if decodes else attend_expanded
@@ -38,11 +49,24 @@ def attend_packed(query, keys, values, mask, scaling):
 
 def attend_expanded(query, keys, values, mask, scaling):
     """Many new tokens, which are bound by arithmetic: torch's fused attention, keys per head."""
+    new = query.shape[2]
+    span = keys.shape[2]
+    if mask is None and new == span and has_flash(query):
+        return F.scaled_dot_product_attention(query, keys, values, scale=scaling, is_causal=True,
+                                              enable_gqa=True)
+    if mask is None and new < span:
+        mask = causal_lower_right(new, span)
     group = query.shape[1] // keys.shape[1]
     keys = keys.repeat_interleave(group, 1)
     values = values.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling,
                                           is_causal=mask is None)
+
+
+def has_flash(query):
+    """Whether torch has flash attention for these, which takes grouped heads as they are."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 AttentionInterface.register("grouped", grouped_attention)

@@ -45,7 +45,20 @@ def load_model(name=None, device=None, dtype=None):
     eos = model.generation_config.eos_token_id
     pad = eos[0] if isinstance(eos, list) else eos
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
-    return model.eval(), tokenizer
+    model.eval()
+    if dtype != torch.float32:
+        check_finite(model)
+    return model, tokenizer
+
+
+@torch.inference_mode()
+def check_finite(model):
+    """Refuse a model whose numbers overflow in half precision, as some do in float16."""
+    logits = model(torch.arange(8, device=model.device)[None]).logits
+    if not logits.isfinite().all():
+        kind = str(model.dtype).removeprefix("torch.")
+        raise ModelUnavailable(f"This model's numbers overflow in {kind}: choose another kind with "
+                               "--dtype float32.")
 
 
 def default_model(gpu):
@@ -141,15 +154,15 @@ def convert(wheel, folder):
 def fit_slots(model, max_batch=None, max_len=None):
     """(max_batch, max_len) whose keys and values fit into the memory that is free now.
 
-    What is None is chosen: 16 slots or fewer, each as long as fits, up to the model's context.
+    What is None is chosen: 16 slots or fewer, of at most 2,048 tokens and of the model's context.
     Raises ModelUnavailable, with the numbers, for more than fits.
     """
     token = token_bytes(model)
     room = int(0.8 * free_bytes(model.device)) // token  # the rest is for activations and graphs
-    longest = max_len or max(room // ((max_batch or 16) + 1), 1)
+    longest = max_len or max(min(2048, room // (max_batch or 16)), 1)
     length = min(longest, model.config.max_position_embeddings)
-    batch = max_batch or max(min(16, room // length - 1), 1)
-    tokens = (batch + 1) * length  # the runner has a slot to spare
+    batch = max_batch or max(min(16, room // length), 1)
+    tokens = batch * length
     need = f"{batch} slots of {length} tokens: {tokens * token / 1e9:.1f} GB"
     if tokens > room:
         raise ModelUnavailable(f"KV cache of {need}, but {room * token / 1e9:.1f} GB of memory are "

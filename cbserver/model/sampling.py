@@ -101,28 +101,9 @@ def resample(tokens, logits, slots, params, positions):
         tokens[rows] = sample(logits[rows], params, positions)
 
 
-def upload(rows, device):
-    """Numbers, or lists of them padded with 0, as a tensor on the device, without waiting for it."""
-    if isinstance(rows[0], list):
-        width = max(map(len, rows))
-        rows = [row + [0] * (width - len(row)) for row in rows]
-    tensor = torch.tensor(rows)
+def upload(numbers, device):
+    """A list of numbers as a tensor on the device, without waiting for it."""
+    tensor = torch.tensor(numbers)
     if device.type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def fetch(tensor, rows):
-    """Start copying a vector to the CPU; returns the function that waits and lists these rows."""
-    if tensor.device.type != "cuda":
-        return tensor[rows].tolist
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event(blocking=True)  # who waits for it sleeps: the core is free
-    arrived.record()
-
-    def wait():
-        arrived.synchronize()
-        return host[rows].tolist()
-
-    return wait
