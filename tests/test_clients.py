@@ -288,7 +288,8 @@ def test_a_drain_is_bounded_and_a_second_signal_ends_at_once():
     ("torch.OutOfMemoryError('CUDA out of memory')", "lower --max-batch or --max-len", False),
     ("RuntimeError('planted')", "planted", True)])
 def test_after_a_fault_the_process_ends_with_an_error_code(error, words, draining):
-    fault = ("import torch, cbserver.cli as s; from cbserver.scheduler import ContinuousEngine as E\n"
+    fault = ("import torch, cbserver.cli as s\n"
+             "from cbserver.scheduler import ContinuousEngine as E\n"
              "step = E.step\n"
              "def fail(self):\n"
              f"    if self.generated_tokens > 5 and self.stopping >= {draining}: raise {error}\n"
