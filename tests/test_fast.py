@@ -49,6 +49,16 @@ def test_a_model_built_otherwise_costs_one_warning_and_stays_exact(tiny, qwen3):
         assert s.generated_tokens == list(generate_tokens(qwen3, s.prompt_tokens, s.params))
 
 
+def test_one_slot_has_the_fused_pass_too(tiny):
+    model, tokenizer = tiny
+    engine = by_hand(ContinuousEngine(model, tokenizer, 1, 96, runner=FastStep))
+    assert engine.runner.fused
+    sequence = engine.submit(prompt(1, 9), SamplingParams(5, ignore_eos=True))
+    while engine.running or engine.waiting:
+        engine.step()
+    assert sequence.generated_tokens == list(generate_tokens(model, prompt(1, 9), sequence.params))
+
+
 KERNEL = """
 from conftest import prompt
 from test_fast import FastStep, run
