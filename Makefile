@@ -10,7 +10,7 @@ PORT ?= 8000
 REPLICAS ?= 2
 RAY ?=
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-clients test-colab test-ray serve-ray compare bench serve lines export notebooks figures clean
+.PHONY: help demo test test-slow test-all test-clients test-colab test-ray serve-ray compare bench serve lines export notebooks figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,9 +36,12 @@ serve-ray: $(VENV)/.ray  ## REPLICAS=2 servers behind one port, on Ray Serve (in
 
 test: $(VENV)/.dev  ## every test, the notebooks included
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -m "not slow"
 
-test-all: test test-clients  ## the same, and clients that others wrote
+test-slow: $(VENV)/.dev  ## what takes minutes: every kind of model that transformers has
+	$(PY) -m pytest -q -m slow
+
+test-all: test test-slow test-clients  ## all of it, and clients that others wrote
 
 test-clients: $(VENV)/.dev $(VENV)-clients/.done  ## LangChain and guidellm against the server
 	$(VENV)-clients/bin/python -m bench.clients $(abspath $(PY))

@@ -55,7 +55,7 @@ class Browser:
         port = Path(self.profile.name) / "DevToolsActivePort"
         limit = time.monotonic() + 20
         while time.monotonic() < limit:
-            lines = port.read_text().split() if port.exists() else []
+            lines = port.read_text(encoding="utf-8").split() if port.exists() else []
             if lines:
                 url = f"http://127.0.0.1:{lines[0]}/json"
                 tabs = json.loads(urllib.request.urlopen(url, timeout=10).read())

@@ -62,7 +62,7 @@ def serve(arguments):
     try:
         cli.main(rest, functools.partial(NotedEngine, log=log))
     finally:
-        Path(path).write_text(json.dumps(log))
+        Path(path).write_text(json.dumps(log), encoding="utf-8")
 
 
 def calibrate(options, folder):
@@ -75,7 +75,7 @@ def calibrate(options, folder):
         for users in crowds(options.slots):
             waits.append((users, time_on_the_way(server.url, options, users)))
             print(f"calibration: {users} users", flush=True)
-    steps = json.loads(log.read_text())
+    steps = json.loads(log.read_text(encoding="utf-8"))
     model, quality = fit(steps, options.slots, options.lag)
     return replace(model, overhead=tuple(waits)), quality
 

@@ -61,7 +61,7 @@ def run_guidellm(url, folder, requests, tokens, path="/v1/chat/completions"):
          "--data", f"kind=synthetic_text,prompt_tokens=32,output_tokens={tokens}",
          "--tokenizer", f"kind=huggingface_auto,model={model_folder()}",
          "--output", f"kind=json,path={out}", "--disable-console-interactive"])
-    metrics = json.loads(out.read_text())["benchmarks"][0]["metrics"]
+    metrics = json.loads(out.read_text(encoding="utf-8"))["benchmarks"][0]["metrics"]
     totals = metrics["request_totals"]
     assert totals["successful"] == requests and totals["errored"] == 0, totals
     assert metrics["output_token_count"]["successful"]["mean"] == tokens
@@ -140,7 +140,7 @@ def vllm(url, folder):
          "--random-input-len", "32", "--random-output-len", str(TOKENS), "--ignore-eos",
          "--num-prompts", str(REQUESTS), "--save-result", "--result-dir", folder,
          "--result-filename", "vllm.json"], OPENAI_API_KEY=KEY)
-    result = json.loads((Path(folder) / "vllm.json").read_text())
+    result = json.loads((Path(folder) / "vllm.json").read_text(encoding="utf-8"))
     assert result["completed"] == REQUESTS and result["total_output_tokens"] == REQUESTS * TOKENS
     return {key: result[key] for key in ("completed", "output_throughput", "mean_ttft_ms",
                                          "mean_itl_ms")}

@@ -67,7 +67,7 @@ def compare(options):
     if options.sweep:
         result["sweep"] = sweep(options)
         write_json(result, path)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def roofline(options):
@@ -108,7 +108,7 @@ def run_or_resume(arm, repeat, options, say):
     setting = describe(options)
     del setting["command"], setting["date"], setting["workload"]["repeats"]
     if options.resume and kept.exists():
-        before = json.loads(kept.read_text())
+        before = json.loads(kept.read_text(encoding="utf-8"))
         if before["setting"] == setting:
             say("kept from an earlier run")
             return before["run"], read_records(options.out / f"{name}.jsonl")
@@ -344,7 +344,7 @@ def show(result, options):
     print(report.ratios(result))
     print(report.notes(result))
     figures = report.save_figures(result, options.out, "compare")
-    (options.out / "report.html").write_text(report.page(result, options.out))
+    (options.out / "report.html").write_text(report.page(result, options.out), encoding="utf-8")
     pages = [options.out / f"{arm}-{i + 1}.html" for arm in options.arms
              for i in range(options.repeats)]
     written = {"plots": figures, "Locust's reports": pages,

@@ -17,7 +17,7 @@ from bench.results import DATA, ROOT
 def load(name):
     """The committed data of that name as a dict; None if there is none."""
     path = DATA / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def numbers():
@@ -82,6 +82,21 @@ def invariance_text():
                       f"{versions}, `{result['command']}`. *Fixed*: all {result['slots']} slots in "
                       "every pass, as the server does it. *Padded*: only the rows in use, padded "
                       "to the next of a few sizes."])
+
+
+def models_text():
+    """Which kinds of models are served, for the README."""
+    result = load("models")
+    said = {"fused": "exact, and fused by the fast step", "plain": "exact",
+            "refused": "refused at load, with one sentence",
+            "not built": "not tried: no tiny one could be made"}
+    lines = ["| in company, with made-up weights | of them | types |", "| --- | ---: | --- |"]
+    for what, words in said.items():
+        names = [row["model"] for row in result["rows"] if row["what"] == what]
+        shown = ", ".join(names) if what in ("fused", "plain") else ""
+        lines.append(f"| {words} | {len(names)} | {shown} |")
+    return "\n".join([*lines, "", f"transformers {result['versions']['transformers']}, "
+                      f"`{result['command']}`."])
 
 
 def ladder_text():
@@ -280,8 +295,9 @@ def write_readme(text, readme, name="numbers"):
 
 
 BLOCKS = {"numbers": numbers, "engine": engine_text, "invariance": invariance_text,
-          "ladder": ladder_text, "http": http_text, "guidellm": guidellm_text,
-          "feed": feed_text, "ray": ray_text, "capacity": capacity_text}
+          "models": models_text, "ladder": ladder_text, "http": http_text,
+          "guidellm": guidellm_text, "feed": feed_text, "ray": ray_text,
+          "capacity": capacity_text}
 
 
 def save(figure, name):
@@ -311,10 +327,10 @@ def main():
     matplotlib.use("Agg")
     draw()
     readme = ROOT / "README.md"
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     for name, make in BLOCKS.items():
         text = write_readme(make(), text, name)
-    readme.write_text(text)
+    readme.write_text(text, encoding="utf-8")
     print("README.md")
 
 

@@ -95,11 +95,11 @@ def engine_lines():
 
 
 # Imports go down: a module may use those of the layers above its own in this list.
-LAYERS = [["model.sampling", "model.attention", "model.random_llama", "model.trial",
-           "metrics"],
-          ["model.load"], ["baseline"], ["sequence"],
+LAYERS = [["model.sampling", "model.attention", "model.random_llama", "metrics"],
+          ["model.load"], ["baseline", "model.trial"], ["sequence"],
           ["batch", "http.errors", "http.replies", "http.schema", "http.tunnel"],
-          ["scheduler", "fast", "http.text", "http.monitor"], ["server", "process", "cli"],
+          ["scheduler", "fast", "http.text", "http.monitor", "http.doors"],
+          ["server", "process", "cli"],
           ["on_ray"]]
 
 

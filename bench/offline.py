@@ -84,7 +84,7 @@ def begin(options):
                "workload": {"name": options.workload, "seed": options.seed,
                             "longest": options.longest, "short": options.short}}
     if options.out.exists() and not options.fresh:
-        before = json.loads(options.out.read_text())
+        before = json.loads(options.out.read_text(encoding="utf-8"))
         if any(before.get(key) != value for key, value in setting.items()):
             raise LoadFailed(f"{options.out} was measured with another setting: "
                              "choose another --out, or start anew with --fresh.")

@@ -234,7 +234,7 @@ def main(arguments=None):
         return cli.main(words[1:], StillEngine)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     parts = words or ["feed", "ray"]
-    result = json.loads(OUT.read_text()) if OUT.exists() else {"models": {}}
+    result = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {"models": {}}
     result |= {"command": command_line("bench.overhead", []), "hardware": hardware(),
                "versions": versions("torch", "transformers", "fastapi", "uvicorn", "ray"),
                "users": USERS, "slots": SLOTS, "viewers": VIEWERS, "stretch_s": STRETCH}

@@ -117,7 +117,7 @@ def smallest(good, guess, factor):
 
 def make_plan(options):
     """Add the table and the curves to what `measure` wrote."""
-    result = json.loads(options.data.read_text())
+    result = json.loads(options.data.read_text(encoding="utf-8"))
     model = from_json(result["step_model"])
     lengths = lengths_of(prompts(result["options"], 4096, seed=7))
     planner = Planner(model, result["slots"], lengths, options.think, options.target / 1e3,

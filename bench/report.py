@@ -530,13 +530,13 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     for path in options.results:
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             print(f"error: cannot read {path}: {error}", file=sys.stderr)
             return 1
         for picture in save_figures(result, options.out, path.stem):
             print(picture)
-        (options.out / f"{path.stem}.html").write_text(page(result, path.parent))
+        (options.out / f"{path.stem}.html").write_text(page(result, path.parent), encoding="utf-8")
         print(options.out / f"{path.stem}.html")
         print(table(result))
     return 0

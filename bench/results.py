@@ -27,7 +27,7 @@ def hardware():
 def cpu_name():
     """Linux keeps the name in /proc/cpuinfo; elsewhere the architecture has to do."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -79,7 +79,7 @@ def order(cases, repeats):
 def write_json(result, path):
     """Write a file whole or not at all."""
     draft = path.with_suffix(".json.part")
-    draft.write_text(json_text(result) + "\n")
+    draft.write_text(json_text(result) + "\n", encoding="utf-8")
     os.replace(draft, path)
 
 

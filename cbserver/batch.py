@@ -55,9 +55,14 @@ class SlotCache:
         return self.keys[seen], self.values[seen]
 
     def store(self, keys, values, layer):
-        """Write new keys and values, [rows, kv_heads, new, head_dim], to their places."""
-        self.keys[layer][self.rows, :, self.positions] = keys.transpose(1, 2)
-        self.values[layer][self.rows, :, self.positions] = values.transpose(1, 2)
+        """Write new keys and values, [rows, kv_heads, new, head_dim], to their places.
+
+        A NaN is written as 0: a masked key has weight 0, and 0 times NaN would be NaN for the next
+        owner of the slot.
+        """
+        places = (layer, self.rows, slice(None), self.positions)
+        self.keys[places] = keys.transpose(1, 2).nan_to_num()
+        self.values[places] = values.transpose(1, 2).nan_to_num()
 
 # %% ../notebooks/03_padded_batch_step.ipynb #c22
 class BatchRunner:

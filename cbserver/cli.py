@@ -86,7 +86,8 @@ def main(argv=None, engine_class=None):
 
 def reach(args):
     """(a new API key or None, the URL). With a tunnel and no key of yours, one is made."""
-    local = f"http://{args.host}:{args.port}"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    local = f"http://{host}:{args.port}"
     if not args.tunnel:
         return None, local
 

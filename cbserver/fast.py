@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .batch import PIECE, BatchRunner
 from .model.attention import grouped_attention, kv_shape
 from .model.sampling import resample, upload
-from .model.trial import check_same
+from .model.trial import check_same, check_structure, shrunken
 
 try:  # Triton comes with torch's CUDA builds
     from triton import jit, language as tl, next_power_of_2
@@ -151,11 +151,21 @@ class FusedPass:
     def of(cls, model, cache, kernel, own_pass):
         """The fused pass of this model, or None if it has none, with a warning that says why."""
         try:
+            cls.check_kind(model, cache.max_len)
             fused = cls(model, cache, kernel)
             check_same(fused.forward, own_pass, cache)
             return fused
         except Exception as error:  # whatever a compiler says: the model's own pass is still there
             warnings.warn(f"No fused step, which costs speed only: {error!r}"[:300], stacklevel=3)
+
+    @classmethod
+    def check_kind(cls, model, max_len):
+        """ValueError unless a small model of the same kind, in float32, gives its own numbers."""
+        check_structure(model)
+        own = BatchRunner(shrunken(model), 2, max_len)
+        with torch.compiler.set_stance("force_eager"):  # compiling is not what is tried
+            fused = cls(own.model, own.cache, kernel=False)
+            check_same(fused.forward, own.forward, own.cache)
 
     def forward(self, tokens, positions, slots, span):
         """As BatchRunner.forward: tokens, positions [rows, new] -> hidden [rows, new, hidden].
@@ -278,7 +288,8 @@ class FastStep(BatchRunner):
         width = fit(self.widths, len(piece))
         if start > 0:
             width = min(PIECE, self.cache.max_len - start)
-        self.prompt[0, :len(piece)] = upload(piece, self.device)
+        padded = piece + [0] * (width - len(piece))
+        self.prompt[0, :width] = upload(padded, self.device)
         self.slot.fill_(sequence.slot)
         self.run(self.read_pass, width, start)
         self.tokens[sequence.slot].fill_(piece[-1])

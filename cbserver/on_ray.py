@@ -19,8 +19,8 @@ def app(settings):
     replicas: how many servers, each with a model of its own. max_replicas: more of them while
     requests in flight exceed a batch each. cpus, gpus: what a replica reserves (a GPU where there
     is one, else an equal share of the cores). Every other word is a flag of `python -m cbserver`
-    (no_fast=true for one without a value); max_waiting is how many may wait before the replicas,
-    one more gets a 503.
+    (no_fast=true for one without a value); max_waiting is how many may wait before the replicas
+    when all are full; a crowd much larger than that gets 503s.
 
     On a cluster: RAY_ADDRESS names it, this repository and its packages lie on every node, and
     gpus and cpus are said, since what this machine has may not be what the others have.
@@ -36,8 +36,10 @@ def app(settings):
     # One batch runs and one waits beside it, so that no slot is free while a request travels; the
     # others wait before the replicas, where whichever is free first can take them.
     ongoing = 2 * options.max_batch + VIEWERS
-    queued = options.max_waiting
-    options.max_waiting = max(ongoing, queued)
+    # Ray counts a request as queued until it has found a replica for it, also while all are free:
+    # a crowd that comes at once must fit in, or some of it would be refused for nothing.
+    queued = options.max_waiting + most * ongoing
+    options.max_waiting = max(ongoing, options.max_waiting)
     serve.start(http_options={"host": options.host, "port": options.port})
 
     def build():

@@ -1,4 +1,5 @@
 """The life of a server's process: prepare it, load the engine, serve, and end in two phases."""
+import contextlib
 import faulthandler
 import functools
 import gc
@@ -15,15 +16,25 @@ import uvicorn
 from .batch import BatchRunner, StaticEngine
 from .fast import FastStep
 from .model.load import fit_slots, load_model
+from .model.trial import check_served
 from .scheduler import ContinuousEngine
 from .sequence import SequentialEngine
 
 ENGINES = {"continuous": ContinuousEngine, "static": StaticEngine, "sequential": SequentialEngine}
 
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+MANY_FILES = 10_000
+
+
 def prepare():
     """Settings of a process that serves. Returns the list of the threads' failures, empty yet."""
     sys.setswitchinterval(5e-4)  # the engine's thread need not wait 5 ms for the event loop's
+    allow_many_files()
     failures = []
 
     def note(failure):
@@ -32,6 +43,27 @@ def prepare():
 
     threading.excepthook = note
     return failures
+
+
+def allow_many_files():
+    """Raise the limit of open files, and so of connections, as far as this user may."""
+    if resource:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # a Mac says "unlimited", and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def event_loop():
+    """The name of the event loop for uvicorn: the fastest, unless files are scarce.
+
+    Where none is left for one more connection, uvloop closes that without a word; asyncio's own
+    loop lets it wait until another one ends.
+    """
+    if not resource:
+        return "auto"
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    plenty = soft == resource.RLIM_INFINITY or soft >= MANY_FILES
+    return "auto" if plenty else "asyncio"
 
 
 def explain(failure):
@@ -61,6 +93,7 @@ def build_engine(args, engine_class=None):
     engine_class = engine_class or ENGINES[args.engine]
     if engine_class is SequentialEngine:
         return SequentialEngine(model, tokenizer, 1, args.max_len, args.max_waiting)
+    check_served(model, BatchRunner)
     batch, max_len = fit_slots(model, args.max_batch, args.max_len)
     fast = model.device.type == "cuda" if args.fast is None else args.fast
     runner = functools.partial(FastStep, invariant=args.invariant) if fast else BatchRunner
@@ -81,7 +114,7 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, app, host, port, drain_timeout=30):
         super().__init__(uvicorn.Config(app, host=host, port=port, log_level="warning",
-                                        timeout_graceful_shutdown=5))
+                                        timeout_graceful_shutdown=5, loop=event_loop()))
         self.engine = app.state.engine
         self.drain_timeout = drain_timeout
         self.deadline = math.inf

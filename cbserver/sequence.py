@@ -11,11 +11,13 @@ import asyncio
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 from .baseline import generate
+from .model.attention import context_of
 from .model.load import stop_tokens
 from .model.sampling import SamplingParams
 
@@ -118,7 +120,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos = stop_tokens(model)
         self.max_batch = max_batch
-        self.max_len = min(max_len or 2048, model.config.max_position_embeddings)
+        self.max_len = min(max_len or 2048, context_of(model))
         self.max_waiting = max_waiting
         self.waiting = deque()
         self.running = []
@@ -231,7 +233,8 @@ class Engine:
     def send(self, news):
         """Put each (sequence, token) on the sequence's queue, in one hop to the event loop."""
         if news:
-            self.loop.call_soon_threadsafe(put_all, news)
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                self.loop.call_soon_threadsafe(put_all, news)
 
 
 def put_all(news):

@@ -16,10 +16,10 @@ from contextlib import asynccontextmanager, contextmanager
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
-from starlette.middleware.cors import CORSMiddleware
 
 from .http import monitor
-from .http.errors import DOCUMENTED, HANDLERS, APIError, BodyLimit
+from .http.doors import guard
+from .http.errors import DOCUMENTED, HANDLERS, APIError
 from .http.replies import DONE, EventStream, Reply, event, until_disconnect
 from .http.schema import ChatRequest, CompletionRequest
 from .http.text import chat_tokens, pieces, prompt_tokens
@@ -140,7 +140,8 @@ async def chat_completions(request: Request, body: ChatRequest):
     "Answer a conversation."
     check_model(request, body.model)
     engine = request.app.state.engine
-    tokens = await asyncio.to_thread(chat_tokens, engine.tokenizer, body.messages)
+    tokens = await asyncio.to_thread(chat_tokens, engine.tokenizer, body.messages,
+                                     body.template())
     room = max(1, engine.max_len - len(tokens))
     params = body.sampling(body.max_completion_tokens or body.max_tokens or room)
     sequence = submit(request, tokens, params, "messages")
@@ -205,8 +206,5 @@ def create_app(engine, model_name="cbserver", api_key=None, timeout=600, max_bod
     app.state.monitor = monitor.Monitor(engine)
     app.state.feed = monitor.Feed(engine, app.state.monitor, model_name, max_viewers)
     app.include_router(router)
-    app.add_middleware(BodyLimit, limit=max_body)
-    if cors:
-        app.add_middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"],
-                           allow_headers=["*"])
+    guard(app, max_body, timeout, cors)
     return app

@@ -183,7 +183,8 @@ class Load:
         self.closed = time.perf_counter()
         if self.options.out:
             window = json.dumps({"window": [self.all_spawned, self.closed]})
-            Path(f"{self.options.out}.window{self.worker}").write_text(window + "\n")
+            path = Path(f"{self.options.out}.window{self.worker}")
+            path.write_text(window + "\n", encoding="utf-8")
 
     def end_test(self):
         """From a greenlet of its own: the user that calls this is one of those to be stopped."""
@@ -287,7 +288,8 @@ def read_event(data, now, record):
     for choice in data.get("choices", []):
         delta = choice.get("delta")
         if delta:
-            text = delta.get("content") or delta.get("reasoning_content")
+            text = (delta.get("content") or delta.get("reasoning_content")
+                    or delta.get("reasoning"))
         else:
             text = choice.get("text")
         if text or "delta" not in choice:  # a chat's first event often brings a role and no token

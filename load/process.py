@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -26,10 +27,31 @@ def http(url, body=None, api_key=None, timeout=10):
     data = None if body is None else json.dumps(body).encode()
     try:
         request = urllib.request.Request(url, data=data, headers=headers)
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with opener(url).open(request, timeout=timeout) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def opener(url):
+    """What opens URLs: by the proxy of the environment, but never to this machine itself."""
+    if is_loopback(url):
+        return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return urllib.request.build_opener()
+
+
+def is_loopback(url):
+    """Whether a URL names this machine by its loopback address."""
+    name = urllib.parse.urlsplit(url).hostname or ""
+    return name == "localhost" or name == "::1" or name.startswith("127.")
+
+
+def proxy_of(url):
+    """The proxy through which a URL is reached, or None."""
+    parts = urllib.parse.urlsplit(url)
+    if is_loopback(url) or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def check_alive(host):
@@ -116,7 +138,7 @@ def kill(process):
 
 def tail(log, lines=12):
     """The last lines of a log file, indented."""
-    text = Path(log).read_text(errors="replace").strip().splitlines()
+    text = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return "\n".join(f"    {line}" for line in text[-lines:])
 
 

@@ -16,7 +16,16 @@ from pathlib import Path
 import psutil
 
 from cbserver.metrics import RequestRecord, summarize
-from load.process import LoadFailed, check_alive, first_model, python_module, spawn, stop, tail
+from load.process import (
+    LoadFailed,
+    check_alive,
+    first_model,
+    proxy_of,
+    python_module,
+    spawn,
+    stop,
+    tail,
+)
 from load.workload import NAMES, maker
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -45,6 +54,10 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
     except ValueError as error:
         raise LoadFailed(str(error))
     host = host.rstrip("/")
+    proxy = proxy_of(host)
+    if proxy:
+        print(f"{host} is asked for its model and counters through {proxy}; the load goes there "
+              "directly, so that no proxy is measured", flush=True)
     check_alive(host)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -192,7 +205,8 @@ def window_files(jsonl):
 
 def read_window(jsonl):
     """(first, last): the time when all users of all workers were in flight."""
-    windows = [json.loads(path.read_text())["window"] for path in window_files(jsonl)]
+    windows = [json.loads(path.read_text(encoding="utf-8"))["window"]
+               for path in window_files(jsonl)]
     if not windows:
         raise LoadFailed("Locust ended before all users had been in flight for --steady-seconds.")
     return max(first for first, _ in windows), min(last for _, last in windows)
@@ -232,7 +246,7 @@ def read_records(path):
     """list[RequestRecord] out of a JSONL file; a last line cut in the middle is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [RequestRecord(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 

@@ -32,6 +32,8 @@ def setup(number=None):
         sys.path.insert(0, str(ROOT))
         inherited = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{inherited}" if inherited else str(ROOT)
+    # A proxy of the environment is for the network, not for the servers on this machine.
+    os.environ["NO_PROXY"] = f"{os.environ.get('NO_PROXY', '')},localhost,127.0.0.1".lstrip(",")
     install_missing()
     warnings.filterwarnings("ignore", message="IProgress not found")
     import matplotlib
@@ -96,7 +98,7 @@ def install_missing():
     """pip-install the requirements that this Python lacks, and nothing that it has."""
     names = {"uvicorn[standard]": "uvicorn", "nest-asyncio2": "nest_asyncio2",
              "nvidia-ml-py": "pynvml", "prometheus-client": "prometheus_client"}
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [line for line in lines if line and not line.startswith("#")]
     missing = [line for line in wanted
                if importlib.util.find_spec(names.get(package(line), package(line))) is None]

@@ -14,7 +14,10 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DIRECTIVE = re.compile(r"#\s*\|\s*(default_exp|exporti?)\b[ \t]*(\S*)[^\n]*\n?")
+# Where nbdev looks for directives: in the lines above all code and other comments.
+LEAD = re.compile(r"(?:[ \t]*(?:#[ \t]*\|.*|%%\w+.*)?(?:\n|$))*")
+DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*\|[ \t]*(default_exp|export[sid]?)\b[ \t:]*(\S*)", re.M)
+KINDS = {"exports": "export"}  # what else nbdev calls it
 MARK = re.compile(r"^# %% (.*)\n", re.M)  # nbdev's, above each cell of a module
 
 
@@ -30,10 +33,28 @@ class Recorder:
 
     def note(self, result):
         """IPython's `post_run_cell` hook."""
-        source = (result.info.raw_cell or "").lstrip()
-        if not (found := DIRECTIVE.match(source)):
+        source = result.info.raw_cell or ""
+        lead = LEAD.match(source)[0]
+        found = DIRECTIVE.search(lead)
+        if found is None:
+            if DIRECTIVE.search(source):
+                print("Not noted for export_module(): nbdev looks for `#| export` above all code "
+                      "and other comments. Make it the cell's first line.")
             return
-        kind, name, code = found[1], found[2], source[found.end():].rstrip()
+        kind, name = found[1], found[2]
+        if "%%" in lead:
+            print("Not noted for export_module(): a module has no %% magic. Take it out.")
+            return
+        if kind == "exportd":
+            print("Not noted for export_module(): `#| exportd` is for nbdev's pages. "
+                  "Use `#| export`.")
+            return
+        if kind != "default_exp" and name:
+            print(f"Not noted for export_module(): it goes to another module, {name}. "
+                  "`make export` writes that.")
+            return
+        code = source[len(lead):].rstrip()
+        kind = KINDS.get(kind, kind)
         if kind == "default_exp":
             self.module, self.cells = name, {}
         elif result.success:  # Jupyter tells the cell's id; without one its names tell which it is
@@ -51,13 +72,13 @@ class Recorder:
     def export_module(self):
         """Write the module with the cells as they last ran; ExportRefused: nothing is written."""
         path = self.package / self.file_name()
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         after = merge(before, self.cells)
         if after == before:
             print(f"✓ cbserver/{self.module}.py is what this notebook says; nothing to write")
             return
         check(self.package, self.module, before, after)
-        path.write_text(after)
+        path.write_text(after, encoding="utf-8")
         forget()
         new = ", ".join(sorted(exports(after) - exports(before)))
         print(f"✓ cbserver/{self.module}.py written with your cells{new and '; new: '}{new}. "
@@ -118,8 +139,8 @@ def merge(module, cells):
         if place == len(blocks):
             blocks.append([f"{blocks[-1][0].split(' #')[0]} #new", ""])
         blocks[place][1] = relative(code)
-        if kind == "export":
-            public |= set(defined(ast.parse(code).body))
+        names = set(defined(ast.parse(code).body))
+        public = public | names if kind == "export" else public - names
     bodies = [ast.parse(code).body for mark, code in blocks if mark != "auto #0"]
     flat = [node for body in bodies for node in body]
     everything = list(dict.fromkeys(name for name in defined(flat)
@@ -152,7 +173,7 @@ def check(package, name, before, after):
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(package, Path(folder) / "cbserver",
                         ignore=shutil.ignore_patterns("__pycache__"))
-        (Path(folder) / "cbserver" / f"{name}.py").write_text(after)
+        (Path(folder) / "cbserver" / f"{name}.py").write_text(after, encoding="utf-8")
         everything = "import cbserver.server, cbserver.process"
         done = subprocess.run([sys.executable, "-c", everything], cwd=folder,
                               capture_output=True, text=True)

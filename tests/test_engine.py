@@ -6,7 +6,7 @@ import pytest
 from conftest import by_hand, prompt, received
 
 from cbserver.batch import StaticEngine
-from cbserver.model.load import ModelUnavailable, check_supported, load_model
+from cbserver.model.load import ModelUnavailable, load_model
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
 from cbserver.sequence import EngineStopped, PromptTooLong, QueueFull, SequentialEngine, Status
@@ -187,23 +187,6 @@ def test_an_engine_can_be_started_again(tiny, reference):
         return output
 
     assert asyncio.run(main()) == reference(prompt(2, 7), 6)
-
-
-def test_models_with_windows_or_odd_logits_are_refused_with_a_reason():
-    from transformers import (
-        Gemma2Config,
-        GPT2Config,
-        LlamaConfig,
-        MistralConfig,
-        Qwen2Config,
-        Qwen3Config,
-    )
-
-    for config in (MistralConfig(), Gemma2Config(), GPT2Config()):
-        with pytest.raises(ModelUnavailable, match="full attention"):
-            check_supported(config)
-    for config in (LlamaConfig(), Qwen2Config(), Qwen3Config(), MistralConfig(sliding_window=None)):
-        check_supported(config)
 
 
 def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path):

@@ -69,10 +69,53 @@ def test_an_edit_gives_what_nbdev_makes_of_the_edited_notebook(course, number, o
         if source.startswith("#| export"):
             cell["source"] = source.replace(old, new)
     path.write_text(json.dumps(notebook))
+    assert mine == by_nbdev(course, seen, path)
+
+
+def by_nbdev(course, seen, path):
+    """The module as nbdev makes it of the notebook on disk."""
     (course / "cbserver" / f"{seen.module}.py").unlink()
     export = f"from nbdev.export import nb_export; nb_export({str(path)!r}, lib_path='cbserver')"
     subprocess.run([sys.executable, "-c", export], cwd=course, check=True)
-    assert mine == module(course, seen)
+    return module(course, seen)
+
+
+HEADS = ["#| export", "#|export", "# | export", "#| exports", "#| hide\n#| export",
+         "#| export\n#| eval: false", "\n#| export", "#| echo: false\n\n#| export",
+         "#| exporti", "#| exportd", "#@title\n#| export", "# a remark\n#| export",
+         "%%time\n#| export", "#| export other", "#| hide"]
+OLD, NEW = "left = self.prefill_budget", "left = 100"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_directive_is_as_nbdev_has_it_or_refused_with_the_reason(course, capsys, head):
+    path = lesson(course, "04")
+
+    def change(source):
+        if OLD not in source or not source.startswith("#| export"):
+            return source
+        return source.replace("#| export", head, 1).replace(OLD, NEW)
+
+    before = (course / "cbserver" / "scheduler.py").read_text()
+    seen = live.Recorder(course / "cbserver")
+    for cell in cells(path, "code"):
+        seen.note(ran(change("".join(cell["source"]))))
+    said = capsys.readouterr().out
+    try:
+        seen.export_module()
+    except live.ExportRefused as refusal:
+        said += f"Not noted: {refusal}"
+    mine = module(course, seen)
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["source"] = change("".join(cell["source"]))
+    path.write_text(json.dumps(notebook))
+    if mine == before:
+        assert head == "#| hide" or "Not noted" in said
+    else:
+        assert NEW in mine
+        assert mine == by_nbdev(course, seen, path)
 
 
 def test_a_cell_that_ran_twice_counts_as_it_ran_last_and_a_failure_not_at_all(course, capsys):

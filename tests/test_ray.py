@@ -117,8 +117,14 @@ def text_of(tiny):
     from cbserver.baseline import generate_tokens
     from cbserver.model.sampling import SamplingParams
 
-    return lambda tokens, count: tiny[1].decode(list(generate_tokens(
-        tiny[0], tokens, SamplingParams(count, ignore_eos=True))), skip_special_tokens=True)
+    model, tokenizer = tiny
+
+    def text(tokens, count):
+        made = list(generate_tokens(model, tokens, SamplingParams(count, ignore_eos=True)))
+        before = tokenizer.decode(tokens, skip_special_tokens=True)
+        return tokenizer.decode(tokens + made, skip_special_tokens=True)[len(before):]
+
+    return text
 
 
 def test_thirty_streams_are_exact_and_spread_over_both_replicas(cluster, text_of):
@@ -127,6 +133,13 @@ def test_thirty_streams_are_exact_and_spread_over_both_replicas(cluster, text_of
     assert [a[:3] for a in answers] == [(200, text_of(*r), True) for r in requests]
     # Each replica numbers its own 1, 2, 3 …: the higher of the two counts is the largest number.
     assert 15 <= max(number for *_, number in answers) <= 21
+
+
+def test_a_crowd_that_fits_is_served_whole_however_often_it_comes(cluster):
+    crowd = 2 * (2 * SLOTS) + WAITING  # slots, places beside them, the queue
+    for _ in range(5):
+        answers = cluster.ask_all([(prompt(i, 4), 6) for i in range(crowd)])
+        assert [status for status, *_ in answers] == [200] * crowd
 
 
 def test_a_client_that_leaves_frees_its_slot_there(cluster):

@@ -78,3 +78,10 @@ def test_any_integer_is_a_seed(seed):
 def test_without_a_seed_draws_differ():
     params = [SamplingParams(temperature=1.0)] * 50
     assert len(set(sample(torch.zeros(50, 1000), params, [0] * 50).tolist())) > 25
+
+
+@pytest.mark.parametrize("top_p", [1e-46, 1e-300, 5e-324])
+def test_a_top_p_that_is_zero_in_float32_leaves_the_likeliest(top_p):
+    logits = torch.tensor([[0.0, 1.0, 5.0, 2.0]])
+    params = [SamplingParams(temperature=1.0, top_p=top_p, seed=1)]
+    assert sample(logits, params, [3]).tolist() == [2]

@@ -34,8 +34,10 @@ def events(text):
     return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
 
 
-def text_of(tokenizer, tokens):
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+def text_of(tokenizer, tokens, prompt=()):
+    """What these tokens add to the text of the prompt."""
+    before = tokenizer.decode(list(prompt), skip_special_tokens=True)
+    return tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)[len(before):]
 
 
 @pytest.mark.parametrize("engine_class", [SequentialEngine, StaticEngine, ContinuousEngine])
@@ -54,7 +56,8 @@ def test_50_concurrent_clients_each_get_exactly_their_own_tokens(engine_class, t
         reasons = [c["choices"][0]["finish_reason"] for c in chunks]
         assert reasons == [None] * (len(chunks) - 1) + ["length"]
         assert len({c["id"] for c in [*chunks, usage]}) == 1
-        want = text_of(tokenizer, reference(body["prompt"], body["max_tokens"]))
+        tokens = reference(body["prompt"], body["max_tokens"])
+        want = text_of(tokenizer, tokens, body["prompt"])
         assert "".join(c["choices"][0]["text"] for c in chunks) == want
 
     async def main(url):
@@ -78,7 +81,7 @@ def test_tokens_that_came_while_a_stream_lagged_are_sent_together(tiny, referenc
             engine.step()
         return [part async for part in pieces_of(engine, sequence)]
 
-    want = text_of(tiny[1], reference(prompt(1, 5), 6))
+    want = text_of(tiny[1], reference(prompt(1, 5), 6), prompt(1, 5))
     assert asyncio.run(late()) == [(want, "length", 6)]
 
 
@@ -295,7 +298,7 @@ def test_while_it_drains_it_is_alive_not_ready_and_finishes_what_it_has(tiny, re
 
         statuses, answer = asyncio.run(main())
     assert statuses == [200, 503, 503]
-    assert answer["choices"][0]["text"] == text_of(tiny[1], reference([5], 9))
+    assert answer["choices"][0]["text"] == text_of(tiny[1], reference([5], 9), [5])
 
 
 @pytest.mark.parametrize("chunked", [False, True])

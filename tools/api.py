@@ -3,13 +3,15 @@ import json
 
 from bench.figures import write_readme
 from bench.results import ROOT
-from cbserver.http.schema import ChatRequest, CompletionRequest
+from cbserver.http.schema import ELSEWHERE, ChatRequest, CompletionRequest
 
 
 def rows(model):
     """A table row for each field of a request model."""
     schema = model.model_json_schema()
     for name, field in schema["properties"].items():
+        if name in ELSEWHERE:
+            continue
         parts = [p for p in field.get("anyOf", [field]) if p.get("type") != "null"] or [field]
         supported = not all(fixed(part) for part in parts)
         kinds = " or ".join(kind(part, schema) for part in parts)
@@ -50,10 +52,11 @@ def filled(page):
     for name, model in (("completions", CompletionRequest), ("chat", ChatRequest)):
         table = ["| field | takes | default | |", "| --- | --- | --- | --- |", *rows(model)]
         page = write_readme("\n".join(table), page, name)
-    return page
+    names = ", ".join(f"`{name}`" for name in ELSEWHERE)
+    return write_readme(f"{names}.", page, "elsewhere")
 
 
 if __name__ == "__main__":
     page = ROOT / "API.md"
-    page.write_text(filled(page.read_text()))
+    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(page.name)

@@ -12,7 +12,8 @@ LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def repository():
     """[project.urls] Repository of pyproject.toml: the one place that names it."""
-    return re.search(r'^Repository = "(.+?)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.search(r'^Repository = "(.+?)"', text, re.M)[1]
 
 
 def stamp():
@@ -20,13 +21,13 @@ def stamp():
     address = repository()
     slug = address.removeprefix("https://github.com/")
     for path in [*LESSONS, ROOT / "README.md"]:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         new = re.sub(r"(colab\.research\.google\.com/github/)[^/\s]+/[^/\s]+(/blob/)",
                      rf"\g<1>{slug}\2", text)
         new = re.sub(r'(REPOSITORY = \\?")https://github\.com/[^"\\]+', rf"\g<1>{address}", new)
         new = re.sub(r"(git clone )https://github\.com/\S+", rf"\g<1>{address}", new)
         if new != text:
-            path.write_text(new)
+            path.write_text(new, encoding="utf-8")
             print("stamped", path.relative_to(ROOT))
 
 
@@ -80,7 +81,8 @@ def run(names):
         print(path.name, end=" ", flush=True)
         notebook = tidy(execute(path))
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
         nbdev_clean(str(path))  # one layout, whoever wrote the file: small diffs
         print(f"{time.perf_counter() - began:.0f} s", flush=True)

@@ -18,27 +18,6 @@ class APIError(HTTPException):
         super().__init__(status, body, headers)
 
 
-class BodyLimit:
-    """ASGI middleware: a body of more than `limit` bytes is refused before all of it is read."""
-
-    def __init__(self, app, limit):
-        self.app = app
-        self.limit = limit
-
-    async def __call__(self, scope, receive, send):
-        left = self.limit
-
-        async def counted():
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise APIError(413, f"the body is larger than the limit of {self.limit} bytes")
-            return message
-
-        await self.app(scope, counted, send)
-
-
 async def refused(request, error):
     """Any error as JSON in OpenAI's shape; what nobody foresaw is a 500 that tells no secrets."""
     if not isinstance(error, HTTPException):
@@ -53,6 +32,11 @@ async def invalid(request, error):
     """FastAPI's own checks of a body, as a 400; a field of several types has several reasons."""
     errors = error.errors()
     first = errors[0]
+    sent = request.headers.get("content-type", "")
+    if "json" not in sent:
+        named = sent or "none"
+        return await refused(request, APIError(
+            400, f"send the header Content-Type: application/json (it was {named[:100]})"))
     if first["type"] == "json_invalid":
         where = f"{first['ctx']['error']} at character {first['loc'][1]}"
         return await refused(request, APIError(400, f"the body is not JSON: {where}"))

@@ -4,19 +4,20 @@ import logging
 import math
 import time
 from collections import deque
+from contextlib import contextmanager
 from importlib.resources import files
 from itertools import count
 from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from ..metrics import spread_ms
 from ..sequence import Status
 from .errors import APIError
-from .replies import event
+from .replies import EventStream, event
 
 log = logging.getLogger("cbserver")
 SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 150)
@@ -144,14 +145,18 @@ class Feed:
 
     async def stream(self):
         """Snapshots as events, until the engine ends or the viewer leaves."""
-        self.viewers += 1
+        while self.engine.thread.is_alive():
+            if time.monotonic() - self.made >= self.interval:
+                self.made = time.monotonic()
+                self.text = event(self.snapshot())
+            yield self.text
+            await asyncio.sleep(self.interval)
+
+    @contextmanager
+    def watched(self):
+        """Gives back, at its end, the place that a viewer has."""
         try:
-            while self.engine.thread.is_alive():
-                if time.monotonic() - self.made >= self.interval:
-                    self.made = time.monotonic()
-                    self.text = event(self.snapshot())
-                yield self.text
-                await asyncio.sleep(self.interval)
+            yield
         finally:
             self.viewers -= 1
 
@@ -163,8 +168,9 @@ async def events(request: Request):
     if feed.viewers >= feed.max_viewers:
         raise APIError(503, f"{feed.max_viewers} viewers watch already; try again later",
                        headers={"Retry-After": "10"})
-    return StreamingResponse(feed.stream(), media_type="text/event-stream",
-                             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    feed.viewers += 1  # here, or a burst of viewers would all find a place
+    return EventStream(feed.stream(), {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+                       feed.watched(), None)
 
 
 @pages.get("/", include_in_schema=False)

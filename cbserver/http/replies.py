@@ -74,7 +74,8 @@ class ChunkTemplate:
 class EventStream(StreamingResponse):
     """Server-sent events, inside of `attended` even if the client leaves before the first.
 
-    limit: seconds; a client that never reads is given up then, whatever is left to send.
+    limit: seconds; a client that never reads is given up then, whatever is left to send. None:
+    never.
     """
 
     def __init__(self, events, headers, attended, limit):

@@ -1,12 +1,16 @@
 """The fields that clients may send, as pydantic checks and documents them; see API.md."""
 # A field that is known and not supported may be sent with the one value that changes nothing, as
 # many clients do; any other value is refused by name. Fields that nobody knows are ignored.
-from typing import Annotated, Literal
+import inspect
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, create_model, field_validator, model_validator
+from transformers import PreTrainedTokenizerBase
 
 from ..model.sampling import SamplingParams
 
+# What apply_chat_template takes for itself is no variable of a template.
+RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 Nothing = Annotated[list, Field(max_length=0)]  # a list that may be sent, if it is empty
 Empty = Annotated[dict, Field(max_length=0)]
 Stop = Annotated[str, Field(max_length=1000)]
@@ -30,7 +34,39 @@ class StreamOptions(Body):
     include_usage: bool = Field(False, description="a last chunk with the token counts")
 
 
-class GenerationRequest(Body):
+# Fields of other servers that would change an answer, with the value that leaves it as it is.
+ELSEWHERE = {
+    # an answer of a given form
+    "structured_outputs": None, "guided_json": None, "guided_regex": None, "guided_choice": None,
+    "guided_grammar": None, "guided_decoding_backend": None, "guided_whitespace_pattern": None,
+    "grammar": None, "json_schema": None, "regex": None,
+    # other ways to choose tokens
+    "use_beam_search": False, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False,
+    "typical_p": 1.0, "top_a": 0.0, "tfs": 1.0, "mirostat": 0, "dry_multiplier": 0.0,
+    "xtc_probability": 0.0, "bad_words": [], "allowed_token_ids": [], "logits_processors": [],
+    # other lengths
+    "max_new_tokens": None, "min_new_tokens": 0, "n_predict": None, "truncate_prompt_tokens": None,
+    # other text of the same tokens, or another prompt
+    "skip_special_tokens": True, "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False, "add_special_tokens": True, "prompt_logprobs": None,
+    "chat_template": None, "documents": [], "reasoning": None, "thinking": None, "verbosity": None,
+}
+
+
+def only(value):
+    """The type of a field that takes this one value."""
+    if isinstance(value, float):
+        return Annotated[float, Field(ge=value, le=value)]
+    if value == []:
+        return Nothing
+    return None if value is None else Literal[value]
+
+
+Elsewhere = create_model("Elsewhere", __base__=Body, **{
+    name: (only(value), value) for name, value in ELSEWHERE.items()})
+
+
+class GenerationRequest(Elsewhere):
     """What completions and chat have in common. Fields with one value are known, not supported."""
 
     model: str | None = Field(None, description="the served model's name, or nothing")
@@ -80,12 +116,18 @@ class TextPart(Body):
 class Message(Body):
     role: str = Field(description="system, user or assistant, as the model's template has it")
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    name: str | None = Field(None, description="for templates that show it")
     tool_calls: Nothing = []
 
 
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="max_tokens, renamed")
+    add_generation_prompt: bool | None = Field(None, description="an answer begins after them; "
+                                               "unless the last message goes on")
+    continue_final_message: bool = Field(False, description="the answer goes on with the last one")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="variables of the model's chat template")
     logprobs: Literal[False] = False
     top_logprobs: Literal[0] = 0
     tools: Nothing = []
@@ -97,3 +139,19 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: None = None
     web_search_options: None = None
     modalities: list[Literal["text"]] = ["text"]
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def variables_only(cls, variables):
+        taken = RESERVED & variables.keys()
+        if taken:
+            raise ValueError(f"{', '.join(sorted(taken))} is no variable of a template")
+        return variables
+
+    def template(self):
+        """What the chat template takes beside the messages."""
+        begin_answer = self.add_generation_prompt
+        if begin_answer is None:
+            begin_answer = not self.continue_final_message
+        return {"add_generation_prompt": begin_answer,
+                "continue_final_message": self.continue_final_message, **self.chat_template_kwargs}

@@ -1,8 +1,11 @@
 """Text into tokens and tokens into text: prompts, chat templates, whole characters, stop strings."""
+import functools
 from typing import NamedTuple
 
 from ..sequence import EngineStopped
 from .errors import APIError
+
+MARK = "(what this message says)"
 
 
 def prompt_tokens(tokenizer, prompt):
@@ -14,16 +17,31 @@ def prompt_tokens(tokenizer, prompt):
     return tokenize(tokenizer, prompt) if isinstance(prompt, str) else prompt
 
 
-def chat_tokens(tokenizer, messages):
-    """Token ids of a conversation, by the tokenizer's own chat template."""
+def chat_tokens(tokenizer, messages, template=None):
+    """Token ids of a conversation, by the tokenizer's own chat template.
+
+    template: what it takes beside the messages; None: an answer begins after them.
+    """
     if not tokenizer.chat_template:
         raise APIError(400, "this model has no chat template; use /v1/completions", "messages")
-    turns = [{"role": message.role, "content": text_of(message)} for message in messages]
-    try:
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template refuses roles and orders in its own words
-        raise APIError(400, f"the model's chat template says: {error!r}"[:300], "messages")
+    options = template or {"add_generation_prompt": True}
+    turns = [turn(message) for message in messages]
+    if not shows(tokenizer, turns, "developer", options):  # the newer name of the same role
+        for message in turns:
+            if message["role"] == "developer":
+                message["role"] = "system"
+    prompt = render(tokenizer, turns, options)
+    for role in {message["role"] for message in turns} - {"user", "assistant"}:
+        if not shows(tokenizer, turns, role, options):
+            raise APIError(400, "messages: the model's chat template leaves out what a message of "
+                           f"role {role[:100]!r} says", "messages")
     return tokenize(tokenizer, prompt, add_special_tokens=False)
+
+
+def turn(message):
+    """A message as templates take it: role, content, and the name if it has one."""
+    name = {"name": message.name} if message.name else {}
+    return {"role": message.role, "content": text_of(message), **name}
 
 
 def text_of(message):
@@ -31,6 +49,26 @@ def text_of(message):
     if isinstance(message.content, str):
         return message.content
     return "".join(part.text for part in message.content)
+
+
+def render(tokenizer, turns, options):
+    """The conversation as one text."""
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except Exception as error:  # a template refuses roles and orders in its own words
+        raise APIError(400, f"the model's chat template says: {error!r}"[:300], "messages")
+
+
+def shows(tokenizer, turns, role, options):
+    """Whether the template has the contents of messages of this role in its text, if any are."""
+    marked = [message | {"content": MARK} if message["role"] == role else message
+              for message in turns]
+    if marked == turns:
+        return True
+    try:
+        return MARK in render(tokenizer, marked, options)
+    except APIError:
+        return False
 
 
 def tokenize(tokenizer, text, **options):
@@ -43,47 +81,81 @@ def tokenize(tokenizer, text, **options):
     return tokenizer(text, **options)["input_ids"]
 
 
-class Detokenizer:
-    """Turns a sequence's tokens into text, piece by piece: whole characters only, no stop string.
+class Decoder:
+    """What a Detokenizer must know of a tokenizer; made once for each.
 
-    The text of `tokens[:given]` has gone out. To see what a new token adds, the tokens from
-    `window` on are decoded with it and without it, since a decoder may treat a text's first token
-    in its own way. `held` is text that may become a stop string.
+    special: the special tokens, which have no text: {what they are called: id}. bytes: ids that
+    stand for one byte each, where a vocabulary of words and characters has these for the rest.
     """
 
-    def __init__(self, tokenizer, stop=()):
+    def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self.special = {its.content: token for token, its in added.items() if its.special}
+        self.special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+        self.skipped = set(self.special.values())
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        vocabulary = tokenizer.get_vocab()
+        self.bytes = {vocabulary[name] for name in names if name in vocabulary}
+        if self.text([vocabulary.get("<0x41>", 0)]) != "A":
+            self.bytes = set()  # these names stand for themselves
+
+    def text(self, tokens):
+        return self.tokenizer.decode(tokens, skip_special_tokens=True,
+                                     clean_up_tokenization_spaces=False)
+
+
+@functools.lru_cache(8)
+def decoder_of(tokenizer):
+    return Decoder(tokenizer)
+
+
+class Detokenizer:
+    """Turns an answer's tokens into text as they come: what prompt and answer decode to as a whole.
+
+    window: the last tokens, some of them in front whose text is out, since a decoder may treat the
+    first one of a text in its own way; at the beginning those are the prompt's. given: characters
+    of the window's text that are out. held: text that may become a stop string.
+    """
+
+    FRONT = 8  # tokens: more than the bytes of a character
+
+    def __init__(self, tokenizer, stop=(), prompt=()):
+        self.decoder = decoder_of(tokenizer)
         self.stop = stop
-        self.tokens = []
-        self.window = 0
-        self.given = 0
+        special = self.decoder.special
+        self.stop_tokens = {special[name] for name in stop if name in special}
+        self.window = [t for t in prompt[-4 * self.FRONT:] if t not in self.decoder.skipped]
+        self.given = len(self.decoder.text(self.window))
         self.held = ""
         self.stopped = False
 
     def push(self, token):
         """The text that this token completes; often a word, sometimes nothing."""
-        self.tokens.append(token)
-        text = self.fresh()
-        if text.endswith("\ufffd"):  # half a character
+        if token in self.stop_tokens:
+            text = self.finish()
+            self.stopped = True
+            return text
+        if token in self.decoder.skipped:
             return ""
-        self.window = self.given
-        self.given = len(self.tokens)
-        return self.release(text)
+        self.window.append(token)
+        if token in self.decoder.bytes:  # those to come decide what they are: one wrong byte in
+            return ""  # a row of them spoils all
+        whole = self.decoder.text(self.window)
+        text = settled(whole)
+        new = text[self.given:]
+        self.given = max(self.given, len(text))
+        if len(self.window) > 4 * self.FRONT:
+            self.window = self.window[-self.FRONT:]
+            self.given = len(self.decoder.text(self.window)) - (len(whole) - self.given)
+        return self.release(new)
 
     def finish(self):
         """What is left when no more tokens come."""
         if self.stopped:
             return ""
-        text = self.release(self.fresh())
+        text = self.release(self.decoder.text(self.window)[self.given:])
         return text + self.held
-
-    def fresh(self):
-        """The text of the tokens that have not gone out."""
-        before = self.decode(self.tokens[self.window:self.given])
-        return self.decode(self.tokens[self.window:])[len(before):]
-
-    def decode(self, tokens):
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def release(self, text):
         """Pass text on, up to a stop string or to what may be the beginning of one."""
@@ -96,6 +168,11 @@ class Detokenizer:
         cut = len(text) - max((overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[cut:]
         return text[:cut]
+
+
+def settled(text):
+    """The text without a last character that is not whole yet."""
+    return text.removesuffix("\ufffd")
 
 
 def overlap(text, stop):
@@ -118,18 +195,21 @@ async def pieces(engine, sequence):
     Tokens that came while the client was slow make one piece; the last one carries the reason.
     Raises APIError for an answer that ends before its end.
     """
-    detokenizer = Detokenizer(engine.tokenizer, sequence.params.stop)
+    detokenizer = Detokenizer(engine.tokenizer, sequence.params.stop, sequence.prompt_tokens)
     text = ""
+    count = 0
     try:
         async for token in sequence.stream():
-            text += detokenizer.push(token)
-            count = len(detokenizer.tokens)
+            count += 1
+            end = sequence.finish_reason  # looked at first: no token is added once it is set
+            last = count == len(sequence.generated_tokens)
+            if not (last and end == "stop"):  # the token that ends an answer is not of its text
+                text += detokenizer.push(token)
             if detokenizer.stopped:
                 engine.abort(sequence, "stop")
                 yield Piece(text, "stop", count)
                 return
-            end = sequence.finish_reason  # looked at first: no token is added once it is set
-            if count < len(sequence.generated_tokens):
+            if not last:
                 continue
             if end in ("stop", "length"):
                 yield Piece(text + detokenizer.finish(), end, count)

@@ -15,6 +15,23 @@ def kv_shape(model):
     return config.num_hidden_layers, config.num_key_value_heads, head_dim
 
 
+def rope_limit(config):
+    """Positions up to which rotary embedding is the same whoever else is in a pass; None: always.
+
+    "longrope" and "dynamic" choose their frequencies by the longest sequence of a pass.
+    """
+    scaling = getattr(config, "rope_parameters", None) or {}
+    kind = scaling.get("rope_type", "default")
+    if kind == "longrope":
+        return scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    return config.max_position_embeddings if kind == "dynamic" else None
+
+
+def context_of(model):
+    """The most positions that a sequence may have with this model."""
+    return rope_limit(model.config) or model.config.max_position_embeddings
+
+
 def untouched_zeros(shape, dtype, device):
     """Zeros. On a CPU their memory is taken page by page as it is written, not at once."""
     if torch.device(device).type != "cpu":
@@ -29,7 +46,8 @@ def grouped_attention(module, query, keys, values, mask, scaling=None, **kwargs)
 
     query: [rows, heads, new, head_dim]. keys, values: [rows, kv_heads, span, head_dim].
     mask: [rows, 1, new, span], true where a query sees a key; None: the new tokens are the last of
-    the span, and each sees what stands before it. Returns ([rows, new, heads, head_dim], None), as transformers wants it.
+    the span, and each sees what stands before it. Returns ([rows, new, heads, head_dim], None), as
+    transformers wants it.
     """
     decodes = mask is not None and query.shape[2] == 1
     attend = attend_packed if decodes else attend_expanded

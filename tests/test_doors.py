@@ -1,0 +1,223 @@
+"""What stands before the app: HEAD, odd and slow bodies, crowds, fields that must not vanish."""
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+
+import httpx
+import pytest
+from conftest import ROOT, prompt, serving
+
+from cbserver.cli import parse, reach
+from cbserver.http.errors import APIError
+from cbserver.http.schema import ELSEWHERE
+from cbserver.http.text import chat_tokens
+from cbserver.model.random_llama import byte_tokenizer
+from cbserver.model.sampling import SamplingParams
+from cbserver.scheduler import ContinuousEngine
+from load.process import ServerProcess, free_port, proxy_of, python_module
+
+
+@pytest.fixture(scope="module")
+def url(tiny):
+    engine = ContinuousEngine(*tiny, max_len=256)
+    with serving(engine, model_name="tiny", timeout=2, max_viewers=2) as url:
+        yield url
+
+
+def ask(url, **body):
+    return httpx.post(url + "/v1/completions", timeout=60,
+                      json={"prompt": "hello", "max_tokens": 4, "temperature": 0, **body})
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/"])
+def test_head_is_answered_as_get_without_a_body(url, path):
+    got = httpx.get(url + path)
+    head = httpx.head(url + path)
+    assert head.status_code == got.status_code == 200
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert head.content == b""
+
+
+def test_a_body_without_its_content_type_is_told_the_header(url):
+    body = json.dumps({"prompt": "hello", "max_tokens": 4})
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        answer = httpx.post(f"{url}/v1/completions", content=body, headers=headers)
+        assert answer.status_code == 400
+        assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_a_body_that_never_comes_is_given_up(url):
+    where = urllib.parse.urlsplit(url)
+    with socket.create_connection((where.hostname, where.port), timeout=30) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+                           b"Content-Type: application/json\r\n\r\n{")
+        answer = connection.recv(65536)
+    assert b" 408 " in answer.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_field_of_another_server_that_would_change_the_answer_is_refused_by_name(url, name):
+    assert ask(url, **{name: ELSEWHERE[name]}).status_code == 200
+    for value in ({"a": 1}, "yes", 3, [1]):
+        answer = ask(url, **{name: value})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == name
+
+
+def test_a_burst_of_viewers_gets_no_more_places_than_there_are(url):
+    async def view(client):
+        async with client.stream("GET", "/events") as response:
+            if response.status_code == 200:
+                await asyncio.sleep(1)
+            return response.status_code
+
+    async def burst():
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            return await asyncio.gather(*[view(client) for _ in range(10)])
+
+    assert sorted(asyncio.run(burst())) == [200] * 2 + [503] * 8
+    assert sorted(asyncio.run(burst())) == [200] * 2 + [503] * 8  # the places are free again
+
+
+def test_an_engine_whose_event_loop_is_closed_says_nothing(tiny):
+    loop = asyncio.new_event_loop()
+    engine = ContinuousEngine(*tiny)
+    engine.open(loop)
+    engine.submit(prompt(1, 5), SamplingParams(4))
+    loop.close()
+    engine.step()
+    engine.close("abort")
+
+
+# Chat templates
+
+TEMPLATES = {
+    "all roles": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    "no others": "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
+                 "{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}",
+    "names": "{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}"
+             "{% if shout %}!{% endif %}{% if add_generation_prompt %}>{% endif %}"}
+
+
+class Said:
+    """A message, as the schema makes it."""
+
+    def __init__(self, role, content, name=None):
+        self.role = role
+        self.content = content
+        self.name = name
+
+
+def text(template, *messages, **options):
+    tokenizer = byte_tokenizer(512)
+    tokenizer.chat_template = TEMPLATES[template]
+    return tokenizer.decode(chat_tokens(tokenizer, messages, options or None))
+
+
+def test_a_developer_is_the_system_where_a_template_does_not_know_it():
+    said = Said("developer", "be brief"), Said("user", "hi")
+    assert text("all roles", *said) == "developer: be brief\nuser: hi\n"
+    assert text("no others", *said) == "system: be brief\nuser: hi\n"
+
+
+@pytest.mark.parametrize("role", ["tool", "banana"])
+def test_a_role_that_a_template_drops_is_refused_by_name(role):
+    assert role in text("all roles", Said("user", "hi"), Said(role, "42"))
+    with pytest.raises(APIError) as raised:
+        text("no others", Said("user", "hi"), Said(role, "42"))
+    assert raised.value.status_code == 400
+    assert role in raised.value.detail["error"]["message"]
+
+
+def test_names_and_variables_go_to_the_template():
+    said = Said("user", "hi", "Ann")
+    assert text("names", said) == "Ann: hi>"
+    assert text("names", said, shout=True, add_generation_prompt=False) == "Ann: hi!"
+
+
+def test_variables_of_a_template_are_no_arguments_of_the_tokenizer(url):
+    for name in ("tokenize", "chat_template", "conversation"):
+        answer = httpx.post(f"{url}/v1/chat/completions", json={
+            "messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {name: "x"}})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "chat_template_kwargs"
+
+
+def test_a_content_of_null_is_a_content_left_out(url):
+    answer = httpx.post(f"{url}/v1/chat/completions",
+                        json={"messages": [{"role": "user", "content": None}]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages"
+
+
+# Crowds, addresses, proxies
+
+
+def test_a_crowd_beyond_the_limit_of_open_files_is_answered_and_never_cut_off(tmp_path):
+    limited = ("import resource, sys\n"
+               "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
+               "from cbserver.cli import main\nmain(sys.argv[1:])")
+    command = [sys.executable, "-c", limited, "--model", "random:tiny", "--max-waiting", "8"]
+
+    async def one(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = json.dumps({"prompt": [5], "max_tokens": 40, "ignore_eos": True}).encode()
+        head = (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
+        writer.write(head + body)
+        answer = await reader.read()
+        writer.close()
+        return int(answer.split()[1]) if answer else 0
+
+    async def crowd(port):
+        return await asyncio.gather(*[one(port) for _ in range(600)])
+
+    with ServerProcess(command, tmp_path / "server.log") as server:
+        codes = asyncio.run(crowd(server.port))
+    counts = {code: codes.count(code) for code in set(codes)}
+    assert set(counts) <= {200, 429, 503}, counts
+    assert counts[200] >= 16
+
+
+def test_an_ipv6_address_is_shown_in_brackets():
+    args = parse(["--host", "::1", "--port", "8123"])
+    assert reach(args) == (None, "http://[::1]:8123")
+
+
+def test_loopback_is_never_asked_through_a_proxy(monkeypatch, url):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    from load.process import check_alive, first_model
+
+    check_alive(url)
+    assert first_model(url) == "tiny"
+    assert proxy_of(url) is None
+    assert proxy_of("http://example.com/v1") == "http://127.0.0.1:9"
+
+
+def test_an_ascii_locale_does_not_break_the_page(tmp_path):
+    log = tmp_path / "server.log"
+    port = free_port()
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            python_module("cbserver", "--model", "random:tiny", "--port", port), cwd=ROOT,
+            stdout=output, stderr=output,
+            env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    try:
+        limit = time.monotonic() + 120
+        while True:
+            try:
+                page = httpx.get(f"http://127.0.0.1:{port}/")
+                break
+            except httpx.HTTPError:
+                assert time.monotonic() < limit, log.read_text()
+                time.sleep(0.2)
+        assert page.status_code == 200
+        assert "</html>" in page.text
+    finally:
+        process.terminate()
+        process.wait(30)
