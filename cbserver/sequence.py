@@ -11,7 +11,6 @@ import asyncio
 import threading
 import time
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -232,9 +231,8 @@ class Engine:
 
     def send(self, news):
         """Put each (sequence, token) on the sequence's queue, in one hop to the event loop."""
-        if news:
-            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
-                self.loop.call_soon_threadsafe(put_all, news)
+        if news and not self.loop.is_closed():  # closed: nobody reads any more
+            self.loop.call_soon_threadsafe(put_all, news)
 
 
 def put_all(news):

@@ -25,6 +25,9 @@ class Instant:
         callback(*arguments)
         self.after()
 
+    def is_closed(self):
+        return False
+
 
 def by_hand(engine, after=lambda: None):
     """An engine that runs only when the test calls `step()`."""
@@ -103,6 +106,12 @@ def one_import():
               if name.split(".")[0] == "cbserver"}
     yield
     sys.modules.update(loaded)
+
+
+def added_text(tokenizer, prompt_tokens, tokens):
+    """What these tokens add to the text of the prompt."""
+    before = tokenizer.decode(prompt_tokens, skip_special_tokens=True)
+    return tokenizer.decode([*prompt_tokens, *tokens], skip_special_tokens=True)[len(before):]
 
 
 def prompt(seed, length):

@@ -11,6 +11,8 @@ from cbserver.fast import FastStep
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
 
+ON_GPU = os.environ.get("CB_TEST_DEVICE") == "cuda"
+
 
 @pytest.mark.parametrize("runner", [BatchRunner, FastStep])
 def test_a_decode_pass_reads_views_of_the_cache_and_no_copies(runner, tiny, monkeypatch):
@@ -22,6 +24,8 @@ def test_a_decode_pass_reads_views_of_the_cache_and_no_copies(runner, tiny, monk
         seen.append((keys.untyped_storage().data_ptr(), values.untyped_storage().data_ptr()))
         return keys, values
 
+    if runner is FastStep and ON_GPU:
+        pytest.skip("there the kernel reads the cache itself")
     engine = by_hand(ContinuousEngine(*tiny, max_batch=4, max_len=96, runner=runner))
     cache = engine.runner.cache
     monkeypatch.setattr(SlotCache, "update", noted)
@@ -36,7 +40,7 @@ def test_a_decode_pass_reads_views_of_the_cache_and_no_copies(runner, tiny, monk
     assert set(seen) == {here}
 
 
-@pytest.mark.skipif(os.environ.get("CB_TEST_DEVICE") == "cuda", reason="a GPU has no such pages")
+@pytest.mark.skipif(ON_GPU, reason="a GPU has no such pages")
 def test_memory_is_taken_as_it_is_used(tiny):
     process = psutil.Process()
     before = process.memory_info().rss

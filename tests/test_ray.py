@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import ROOT, prompt
+from conftest import ROOT, added_text, prompt
 
 from load.process import free_port, spawn, stop, tail
 
@@ -120,9 +120,8 @@ def text_of(tiny):
     model, tokenizer = tiny
 
     def text(tokens, count):
-        made = list(generate_tokens(model, tokens, SamplingParams(count, ignore_eos=True)))
-        before = tokenizer.decode(tokens, skip_special_tokens=True)
-        return tokenizer.decode(tokens + made, skip_special_tokens=True)[len(before):]
+        made = generate_tokens(model, tokens, SamplingParams(count, ignore_eos=True))
+        return added_text(tokenizer, tokens, list(made))
 
     return text
 

@@ -5,7 +5,7 @@ import threading
 
 import httpx
 import pytest
-from conftest import by_asgi, by_hand, held, prompt, serving
+from conftest import added_text, by_asgi, by_hand, held, prompt, serving
 
 from cbserver.batch import StaticEngine
 from cbserver.http.text import Detokenizer
@@ -34,12 +34,6 @@ def events(text):
     return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
 
 
-def text_of(tokenizer, tokens, prompt=()):
-    """What these tokens add to the text of the prompt."""
-    before = tokenizer.decode(list(prompt), skip_special_tokens=True)
-    return tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)[len(before):]
-
-
 @pytest.mark.parametrize("engine_class", [SequentialEngine, StaticEngine, ContinuousEngine])
 def test_50_concurrent_clients_each_get_exactly_their_own_tokens(engine_class, tiny, reference):
     _, tokenizer = tiny
@@ -57,7 +51,7 @@ def test_50_concurrent_clients_each_get_exactly_their_own_tokens(engine_class, t
         assert reasons == [None] * (len(chunks) - 1) + ["length"]
         assert len({c["id"] for c in [*chunks, usage]}) == 1
         tokens = reference(body["prompt"], body["max_tokens"])
-        want = text_of(tokenizer, tokens, body["prompt"])
+        want = added_text(tokenizer, body["prompt"], tokens)
         assert "".join(c["choices"][0]["text"] for c in chunks) == want
 
     async def main(url):
@@ -81,7 +75,7 @@ def test_tokens_that_came_while_a_stream_lagged_are_sent_together(tiny, referenc
             engine.step()
         return [part async for part in pieces_of(engine, sequence)]
 
-    want = text_of(tiny[1], reference(prompt(1, 5), 6), prompt(1, 5))
+    want = added_text(tiny[1], prompt(1, 5), reference(prompt(1, 5), 6))
     assert asyncio.run(late()) == [(want, "length", 6)]
 
 
@@ -298,7 +292,7 @@ def test_while_it_drains_it_is_alive_not_ready_and_finishes_what_it_has(tiny, re
 
         statuses, answer = asyncio.run(main())
     assert statuses == [200, 503, 503]
-    assert answer["choices"][0]["text"] == text_of(tiny[1], reference([5], 9), [5])
+    assert answer["choices"][0]["text"] == added_text(tiny[1], [5], reference([5], 9))
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -393,7 +387,7 @@ def test_pieces_add_up_to_the_text_and_hold_no_broken_character(tiny):
     assert not any("\ufffd" in piece for piece in out)
     for seed in range(50):  # random bytes, mostly no text at all
         tokens = prompt(seed, 40)
-        assert "".join(pieces(tokenizer, tokens)) == text_of(tokenizer, tokens)
+        assert "".join(pieces(tokenizer, tokens)) == added_text(tokenizer, [], tokens)
 
 
 def test_a_stop_string_never_leaks_not_even_its_first_half(tiny):
