@@ -14,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import ROOT
 
 from bench import compare, report
 from cbserver.metrics import RequestRecord, summarize
@@ -450,3 +451,16 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+@pytest.mark.parametrize("name", ["content", "reasoning_content", "reasoning"])
+def test_what_a_model_thinks_aloud_counts_as_its_text(name):
+    # In a process of its own: importing Locust patches the one that does.
+    code = ("import types\n"
+            "from load.locustfile import read_event\n"
+            "record = types.SimpleNamespace(token_times=[], text='')\n"
+            f"read_event({{'choices': [{{'delta': {{'{name}': 'hm'}}}}]}}, 1.5, record)\n"
+            "print(record.token_times, record.text)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout.strip() == "[1.5] hm", done.stderr

@@ -1,12 +1,17 @@
 """Text as it comes is the text of the whole: for every kind of tokenizer, whatever the tokens."""
+import asyncio
+
 import pytest
+from conftest import added_text, by_hand, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cbserver.http.text import Detokenizer, decoder_of
+from cbserver.http.text import Detokenizer, decoder_of, pieces
 from cbserver.model.random_llama import byte_tokenizer
+from cbserver.model.sampling import SamplingParams
+from cbserver.scheduler import ContinuousEngine
 
 WORDS = ["a", "e", "i", "o", "time", "upon", "once", "the", ".", ",", "'s", "京", "é"]
 
@@ -123,3 +128,19 @@ def test_a_stop_string_that_is_a_special_token_stops():
     assert "".join(out) == "once upon"
     assert detokenizer.stopped
     assert detokenizer.finish() == ""
+
+
+def test_the_text_of_the_token_that_ends_an_answer_never_shows_special_or_not(tiny, reference):
+    async def read(engine, sequence):
+        return "".join([piece.text async for piece in pieces(engine, sequence)])
+
+    model, tokenizer = tiny
+    tokens = reference(prompt(1, 9), 12)
+    engine = by_hand(ContinuousEngine(model, tokenizer))
+    engine.eos = {tokens[5]}  # an ordinary token
+    sequence = engine.submit(prompt(1, 9), SamplingParams(12))
+    while engine.waiting or engine.running:
+        engine.step()
+    assert sequence.finish_reason == "stop"
+    kept = sequence.generated_tokens[:-1]
+    assert asyncio.run(read(engine, sequence)) == added_text(tokenizer, prompt(1, 9), kept)
