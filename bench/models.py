@@ -5,6 +5,8 @@
 Each is built with made-up weights and either gives generate()'s tokens in company, by the plain and
 by the fast step, or is refused at load with one sentence. Anything else is a fault.
 """
+import asyncio
+import datetime
 import json
 import sys
 import time
@@ -16,14 +18,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from bench.results import DATA, command_line, versions, write_json
+from bench.results import DATA, command_line, hardware, versions, write_json
 from cbserver.baseline import generate_tokens
 from cbserver.batch import BatchRunner
 from cbserver.fast import FastStep
 from cbserver.model.load import ModelUnavailable
 from cbserver.model.random_llama import byte_tokenizer
 from cbserver.model.sampling import SamplingParams
-from cbserver.model.trial import check_served, make_up_weights, test_tokens
+from cbserver.model.trial import check_served, make_up_weights, trial_tokens
 from cbserver.scheduler import ContinuousEngine
 
 OUT = DATA / "models.json"
@@ -74,7 +76,7 @@ def made(config):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.inference_mode():
         make_up_weights(model)
-        if not model(test_tokens(model, 9)[None]).logits.isfinite().all():
+        if not model(trial_tokens(model, 9)[None]).logits.isfinite().all():
             raise ValueError("made-up weights give no finite numbers")
     return model
 
@@ -82,28 +84,20 @@ def made(config):
 def serve(model, runner):
     """[(tokens generated in company, what generate() makes alone)], and whether it is fused."""
     engine = ContinuousEngine(model, byte_tokenizer(512), 2, 96, prefill_budget=16, runner=runner)
-    engine.open(Instant())
+    loop = asyncio.new_event_loop()
+    engine.open(loop)
     sequences = []
     for number, length in enumerate((5, 40, 11, 23)):
-        tokens = test_tokens(model, length).tolist()
+        tokens = trial_tokens(model, length).tolist()
         sequences.append(engine.submit(tokens, SamplingParams(6 + 2 * number, ignore_eos=True)))
     for _ in range(200):
         if not (engine.waiting or engine.running):
             break
         engine.step()
+    loop.close()
     pairs = [(s.generated_tokens, list(generate_tokens(model, s.prompt_tokens, s.params)))
              for s in sequences]
     return pairs, bool(getattr(engine.runner, "fused", None))
-
-
-class Instant:
-    """An event loop that calls back at once."""
-
-    def call_soon_threadsafe(self, callback, *arguments):
-        callback(*arguments)
-
-    def is_closed(self):
-        return False
 
 
 def try_model(name):
@@ -142,7 +136,9 @@ def main(arguments=None):
         counts[row["what"]] = counts.get(row["what"], 0) + 1
     print(json.dumps(counts))
     if names == NAMES:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         write_json({"command": command_line("bench.models", arguments), "counts": counts,
+                    "date": now, "hardware": hardware(),
                     "versions": versions("torch", "transformers"), "rows": rows}, OUT)
     return 1 if counts.get("FAULT") else 0
 

@@ -20,15 +20,13 @@ from .model.trial import check_served
 from .scheduler import ContinuousEngine
 from .sequence import SequentialEngine
 
-ENGINES = {"continuous": ContinuousEngine, "static": StaticEngine, "sequential": SequentialEngine}
-
-
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
 MANY_FILES = 10_000
+ENGINES = {"continuous": ContinuousEngine, "static": StaticEngine, "sequential": SequentialEngine}
 
 
 def prepare():

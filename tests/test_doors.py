@@ -1,16 +1,13 @@
 """What stands before the app: HEAD, odd and slow bodies, crowds, fields that must not vanish."""
 import asyncio
 import json
-import os
 import socket
-import subprocess
 import sys
-import time
 import urllib.parse
 
 import httpx
 import pytest
-from conftest import ROOT, prompt, serving
+from conftest import prompt, serving
 
 from cbserver.cli import parse, reach
 from cbserver.http.errors import APIError
@@ -19,7 +16,7 @@ from cbserver.http.text import chat_tokens
 from cbserver.model.random_llama import byte_tokenizer
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
-from load.process import ServerProcess, free_port, proxy_of, python_module
+from load.process import ServerProcess, proxy_of, python_module
 
 
 @pytest.fixture(scope="module")
@@ -207,24 +204,9 @@ def test_loopback_is_never_asked_through_a_proxy(monkeypatch, url):
 
 
 def test_an_ascii_locale_does_not_break_the_page(tmp_path):
-    log = tmp_path / "server.log"
-    port = free_port()
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            python_module("cbserver", "--model", "random:tiny", "--port", port), cwd=ROOT,
-            stdout=output, stderr=output,
-            env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
-    try:
-        limit = time.monotonic() + 120
-        while True:
-            try:
-                page = httpx.get(f"http://127.0.0.1:{port}/")
-                break
-            except httpx.HTTPError:
-                assert time.monotonic() < limit, log.read_text()
-                time.sleep(0.2)
-        assert page.status_code == 200
-        assert "</html>" in page.text
-    finally:
-        process.terminate()
-        process.wait(30)
+    command = ["env", "LC_ALL=C", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0",
+               *python_module("cbserver", "--model", "random:tiny")]
+    with ServerProcess(command, tmp_path / "server.log") as server:
+        page = httpx.get(f"{server.url}/")
+    assert page.status_code == 200
+    assert "</html>" in page.text

@@ -20,10 +20,10 @@ from bench.models import NAMES, build, try_model
 from cbserver.baseline import generate_tokens
 from cbserver.batch import BatchRunner
 from cbserver.fast import FastStep
-from cbserver.model import load
+from cbserver.model import load, trial
 from cbserver.model.load import ModelUnavailable, fit_slots, load_model
 from cbserver.model.sampling import SamplingParams
-from cbserver.model.trial import check_served, make_up_weights, shrunken, smaller
+from cbserver.model.trial import check_served, fewer_layers, make_up_weights, shrunken
 from cbserver.scheduler import ContinuousEngine
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
@@ -116,7 +116,14 @@ def test_a_trial_is_small_and_holds_one_layer_of_each_kind():
     assert len(small.model.layers) == 4
     assert small.num_parameters() < model.num_parameters() / 2
     assert small.dtype == torch.float32
-    assert smaller(config, 4).no_rope_layers == [1, 1, 1, 0]
+    assert fewer_layers(config, 4)["no_rope_layers"] == [1, 1, 1, 0]
+
+
+def test_a_model_that_cannot_be_narrow_is_tried_with_a_small_window_all_the_same(monkeypatch):
+    monkeypatch.setattr(trial, "SMALL", {"vocab_size": -1})
+    check_served(like(LlamaConfig(**SIZES)), BatchRunner)
+    with pytest.raises(ModelUnavailable, match="differ"):
+        check_served(like(MistralConfig(**SIZES, sliding_window=4096)), BatchRunner)
 
 
 @pytest.mark.slow

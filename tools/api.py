@@ -34,7 +34,11 @@ def kind(part, schema):
     """`integer, from 1`; `list of integer`; …"""
     if "$ref" in part:
         return kind(schema["$defs"][part["$ref"].split("/")[-1]], schema)
-    text = {"array": "list of ", "object": "object of "}.get(part.get("type"), part.get("type", ""))
+    text = part.get("type", "")
+    if text == "array":
+        text = "list of "
+    if "properties" in part:
+        text = "object of "
     if "items" in part:
         text += kind(part["items"], schema)
     if "properties" in part:

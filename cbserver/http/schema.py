@@ -49,7 +49,8 @@ ELSEWHERE = {
     # other text of the same tokens, or another prompt
     "skip_special_tokens": True, "spaces_between_special_tokens": True,
     "include_stop_str_in_output": False, "add_special_tokens": True, "prompt_logprobs": None,
-    "chat_template": None, "documents": [], "reasoning": None, "thinking": None, "verbosity": None,
+    "chat_template": None, "documents": [], "reasoning": None, "thinking": None,
+    "enable_thinking": None, "verbosity": None,
 }
 
 

@@ -139,8 +139,9 @@ class Detokenizer:
         if token in self.decoder.skipped:
             return ""
         self.window.append(token)
-        if token in self.decoder.bytes:  # those to come decide what they are: one wrong byte in
-            return ""  # a row of them spoils all
+        # One wrong byte spoils the whole row of them, so what a byte is shows at the row's end.
+        if token in self.decoder.bytes:
+            return ""
         whole = self.decoder.text(self.window)
         text = settled(whole)
         new = text[self.given:]

@@ -45,7 +45,9 @@ def load_model(name=None, device=None, dtype=None):
     else:
         model, tokenizer = pretrained(name, device, dtype)
     # Keep the end-of-sequence tokens only: no hidden repetition penalty, no sampling by default.
-    ends = stop_tokens(model) | {tokenizer.eos_token_id} - {None}
+    ends = stop_tokens(model)
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
     eos = sorted(ends) or None
     pad = eos[0] if eos else None
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)

@@ -36,7 +36,7 @@ def check_passes(model, runner_class):
     """
     small = shrunken(model)
     runner = runner_class(small, 3, 64)
-    prompts = {1: test_tokens(small, 29), 2: test_tokens(small, 7)}
+    prompts = {1: trial_tokens(small, 29), 2: trial_tokens(small, 7)}
     found = {1: [], 2: []}
     for slot, start, end in ((1, 0, 16), (1, 16, 28), (2, 0, 6)):
         tokens = prompts[slot][None, start:end]
@@ -53,7 +53,7 @@ def check_passes(model, runner_class):
         compare(logits, small(input_ids=tokens[None], use_cache=False).logits[0])
 
 
-def test_tokens(model, count):
+def trial_tokens(model, count):
     """Token ids for a trial, [count], the same each time."""
     generator = torch.Generator().manual_seed(count)
     return torch.randint(3, 250, (count,), generator=generator).to(model.device)
@@ -88,37 +88,48 @@ def check_same(forward, own, cache):
 
 
 def shrunken(model):
-    """A model of the same kind in float32, with made-up weights: one layer of each kind, narrow.
+    """A model of the same kind in float32, with made-up weights: one layer of each kind.
 
-    A model that cannot be made smaller is returned as it is.
+    It is narrow, too, if its configuration allows that.
     """
     depth = max(2, layers_needed(model))
+    shallow = fewer_layers(model.config, depth)
     try:
-        config = smaller(model.config, depth)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            small = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            make_up_weights(small)
+        small = made_up(type(model.config).from_dict(narrower(shallow)))
     except Exception:  # its configuration does not allow these sizes together
-        return model
+        small = made_up(type(model.config).from_dict(shallow))
     small.set_attn_implementation("eager")  # the model's own, which knows all that it does
     return small.eval()
 
 
-def smaller(config, depth):
-    """The same configuration with fewer layers, a small vocabulary and narrow feed-forward layers."""
+def fewer_layers(config, depth):
+    """A configuration's settings for its first layers, with windows that a trial would notice."""
     settings = copy.deepcopy(config.to_dict())
     layers = settings.get("num_hidden_layers")
     for name, value in settings.items():
+        limits = any(word in name for word in ("window", "chunk", "local_attention"))
         if isinstance(value, list) and len(value) == layers:  # a setting for each layer
             settings[name] = value[:depth]
-        elif name.endswith(("intermediate_size", "ffn_dim")) and isinstance(value, int):
-            settings[name] = SIDE
-        elif ("window" in name or "chunk" in name) and type(value) is int and value > WINDOW:
+        elif limits and type(value) is int and value > WINDOW:
             settings[name] = WINDOW
-    settings |= SMALL
     settings["num_hidden_layers"] = depth
-    return type(config).from_dict(settings)
+    return settings
+
+
+def narrower(settings):
+    """The same settings with a small vocabulary and narrow feed-forward layers."""
+    sides = {name: SIDE for name, value in settings.items()
+             if name.endswith(("intermediate_size", "ffn_dim")) and isinstance(value, int)}
+    return settings | sides | SMALL
+
+
+def made_up(config):
+    """A model of this configuration in float32, with the same made-up weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        make_up_weights(model)
+    return model
 
 
 def make_up_weights(model):
