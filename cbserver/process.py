@@ -103,6 +103,11 @@ def build_engine(args, engine_class=None):
     return engine
 
 
+# Seconds. Longer than clients and proxies keep an idle connection (httpx 5, aiohttp 15, nginx 60):
+# where the server gives up first, a request that is just on its way is lost.
+KEEP_ALIVE = 75
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn that ends with its engine, in two phases.
 
@@ -112,7 +117,8 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, app, host, port, drain_timeout=30):
         super().__init__(uvicorn.Config(app, host=host, port=port, log_level="warning",
-                                        timeout_graceful_shutdown=5, loop=event_loop()))
+                                        timeout_graceful_shutdown=5, loop=event_loop(),
+                                        timeout_keep_alive=KEEP_ALIVE))
         self.engine = app.state.engine
         self.drain_timeout = drain_timeout
         self.deadline = math.inf

@@ -123,7 +123,8 @@ class Server:
         import uvicorn
 
         self.uvicorn = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning",
-                                                     timeout_graceful_shutdown=5))
+                                                     timeout_graceful_shutdown=5,
+                                                     timeout_keep_alive=75))  # as cbserver's own
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()
         while not self.uvicorn.started:
