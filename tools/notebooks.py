@@ -1,7 +1,8 @@
-"""Keep the lessons in order: stamp the repository's address into them, run them, keep outputs."""
+"""Keep the lessons in order: put the repository's address into them, run them, keep outputs."""
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,19 +17,44 @@ def repository():
     return re.search(r'^Repository = "(.+?)"', text, re.M)[1]
 
 
-def stamp():
-    """Put the repository's address into every Colab badge and clone command."""
-    address = repository()
-    slug = address.removeprefix("https://github.com/")
-    for path in [*LESSONS, ROOT / "README.md"]:
+def origin():
+    """The address of git's remote `origin`, as a browser has it, or None."""
+    asked = subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True,
+                           text=True)
+    return address_of(asked.stdout) if asked.returncode == 0 else None
+
+
+def address_of(remote):
+    """`git@github.com:me/course.git` -> `https://github.com/me/course`; None if not GitHub's."""
+    found = re.search(r"github\.com[:/]([\w.-]+/[\w.-]+?)(\.git)?/?$", remote.strip())
+    return f"https://github.com/{found[1]}" if found else None
+
+
+def publish(address):
+    """Put the repository's address into every badge, clone command and link.
+
+    address: `https://github.com/me/course` in any form that git takes; without one, `origin`.
+    """
+    new = address_of(address) if address else origin()
+    if new is None:
+        sys.exit(f"{address or 'The remote origin'} is no repository on GitHub, and Colab opens "
+                 "notebooks from there: say make publish REPO=https://github.com/you/course.")
+    old_name = repository().removeprefix("https://github.com/")
+    new_name = new.removeprefix("https://github.com/")
+    for path in named_in():
         text = path.read_text(encoding="utf-8")
-        new = re.sub(r"(colab\.research\.google\.com/github/)[^/\s]+/[^/\s]+(/blob/)",
-                     rf"\g<1>{slug}\2", text)
-        new = re.sub(r'(REPOSITORY = \\?")https://github\.com/[^"\\]+', rf"\g<1>{address}", new)
-        new = re.sub(r"(git clone )https://github\.com/\S+", rf"\g<1>{address}", new)
-        if new != text:
-            path.write_text(new, encoding="utf-8")
+        stamped = text.replace(f"github.com/{old_name}", f"github.com/{new_name}")
+        stamped = stamped.replace(f"/github/{old_name}/", f"/github/{new_name}/")
+        if stamped != text:
+            path.write_text(stamped, encoding="utf-8")
             print("stamped", path.relative_to(ROOT))
+    print("Links and badges point to", new)
+
+
+def named_in():
+    """The files that may name the repository."""
+    return [*LESSONS, *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md",
+            ROOT / "pyproject.toml", ROOT / "cbserver" / "_modidx.py"]
 
 
 def execute(path, timeout=900, env=None):
@@ -90,9 +116,9 @@ def run(names):
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:] or ["help"]
-    if command == "stamp":
-        stamp()
+    if command == "publish":
+        publish(*rest[:1] or [""])
     elif command == "run":
         run(rest)
     else:
-        sys.exit("usage: python tools/notebooks.py stamp | run [part of a lesson's name ...]")
+        sys.exit("usage: python tools/notebooks.py publish [ADDRESS] | run [part of a name ...]")

@@ -1,6 +1,9 @@
 """A public address for a local port, through ngrok."""
 import os
 
+# ngrok's free plan shows browsers a page of its own first; this header passes it by.
+SKIP_WARNING = {"ngrok-skip-browser-warning": "1"}
+
 
 def ngrok_token():
     """The ngrok token from NGROK_AUTHTOKEN or Colab's secrets, or None."""
@@ -18,17 +21,19 @@ def ngrok_token():
 def open_tunnel(port, token):
     """The public URL of a tunnel to a local port, or None with one sentence that says why."""
     if not token:
-        print("No ngrok token, so no tunnel: set NGROK_AUTHTOKEN (free at ngrok.com) "
-              "to get a public URL.")
+        print("No ngrok token, so no tunnel: set the environment variable NGROK_AUTHTOKEN (free at "
+              "ngrok.com). A secret of Colab's reaches lesson.start(engine=…, tunnel=True) only.")
         return None
     from pyngrok import conf, ngrok
     from pyngrok.exception import PyngrokError
 
     try:
         config = conf.PyngrokConfig(auth_token=token)
-        return ngrok.connect(port, pyngrok_config=config).public_url
+        url = ngrok.connect(port, pyngrok_config=config).public_url
     except PyngrokError as error:
         reason = getattr(error, "ngrok_error_code", None) or str(error).splitlines()[0]
         print(f"No tunnel ({reason}): check the token and the network; "
               "the server stays on localhost.")
         return None
+    print("In a browser the free plan of ngrok shows a page first: press Visit Site once.")
+    return url
