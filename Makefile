@@ -78,14 +78,13 @@ zip:  ## cbserver.zip of what is committed, to upload beside a notebook on Colab
 	@ls -lh cbserver.zip | awk '{print "cbserver.zip: " $$5}'
 
 $(VENV)-colab/.done: requirements-colab.txt requirements.txt requirements-model.txt | $(VENV)/.dev
-	$(COLAB_PYTHON) -m venv $(VENV)-colab
+	$(COLAB_PYTHON) -m venv --clear $(VENV)-colab
 	@echo "Installing Colab's versions into $(VENV)-colab (once, some minutes)"
 	@$(VENV)-colab/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r requirements-colab.txt
 	CB_COLAB_PINS=$(abspath $(VENV)-colab/bin/python) $(PY) -m pytest -q tests/test_colab.py
 	cd notebooks && ../$(VENV)-colab/bin/python -c "import lesson; lesson.install_missing()"
-	@$(VENV)-colab/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c requirements-colab.txt nbclient pytest pytest-timeout
+	cd notebooks && ../$(VENV)-colab/bin/python -c "import lesson; lesson.install('nbclient', 'pytest', 'pytest-timeout')"
 	@touch $@
 
 clean:  ## remove .venv, caches and figures/latest

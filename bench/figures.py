@@ -1,4 +1,4 @@
-"""Draw the committed figures and write the README's numbers, all from figures/data/*.json."""
+"""Draw the committed figures and write the pages' numbers, all from figures/data/*.json."""
 import json
 import re
 import statistics
@@ -21,15 +21,30 @@ def load(name):
 
 
 def numbers():
-    """The README's part on bench.compare: a table, the ratios and the setting for each device."""
+    """bench.compare's results: a table, the ratios and the setting for each device."""
     tables = []
     for device in ("cpu", "h100"):
         result = load(f"compare-{device}")
         if result:
             tables.append(comparison(result))
-    if len(tables) > 1:  # the first one's figure stands at the head of the README
+    if len(tables) > 1:  # the first one's figure stands above the block
         tables[1] = f"![The same on an H100](figures/compare-h100.png)\n\n{tables[1]}"
     return "\n\n".join(tables)
+
+
+def headline_text():
+    """The arms on a CPU in a short table, and one line on the H100."""
+    cpu = load("compare-cpu")
+    lines = ["| on 2 CPU cores, 50 users | tokens/s | first token, median | whole answer, median |",
+             "|---|---:|---:|---:|"]
+    for name, arm in report.arms_of(cpu):
+        lines.append(f"| {name} | {arm['tokens_per_s']:.0f} | {arm['ttft_ms']['p50'] / 1000:.1f} s "
+                     f"| {arm['e2e_ms']['p50'] / 1000:.1f} s |")
+    speeds = {name: arm["tokens_per_s"] for name, arm in report.arms_of(load("compare-h100"))}
+    best = speeds["continuous"]
+    lines += ["", f"On an H100: {best:,.0f} tokens/s, {best / speeds['one-slot']:.1f} times the "
+              f"same engine with one slot, {best / speeds['sequential']:.0f} times `generate()`."]
+    return "\n".join(lines)
 
 
 def comparison(result):
@@ -62,7 +77,7 @@ ENGINE_FILES = {
 
 
 def engine_text():
-    """The three files that are the engine, with their lines of code, for the README."""
+    """The three files that are the engine, with their lines of code."""
     lines = ["| file | what is inside | lines of code |", "|---|---|---:|"]
     for name, what in ENGINE_FILES.items():
         count = code_lines(modules("cbserver")[f"cbserver.{name}"].read_text(encoding="utf-8"))
@@ -75,7 +90,7 @@ def engine_text():
 
 
 def invariance_text():
-    """How many answers are the same at any load, for the README."""
+    """How many answers are the same at any load."""
     result = load("invariance-h100")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join([invariance_table(result), "", f"{result['model']} on {result['hardware']}, "
@@ -85,7 +100,7 @@ def invariance_text():
 
 
 def models_text():
-    """Which kinds of models are served, for the README."""
+    """Which kinds of models are served."""
     result = load("models")
     said = {"fused": "exact, and fused by the fast step", "plain": "exact",
             "refused": "refused at load, with one sentence",
@@ -100,7 +115,7 @@ def models_text():
 
 
 def ladder_text():
-    """The README's part on bench.offline: a figure, a table and the setting for each device."""
+    """bench.offline's results: a figure, a table and the setting for each device."""
     parts = []
     for device in ("h100", "cpu"):
         name = f"offline-{device}"
@@ -117,7 +132,7 @@ def ladder_text():
 
 
 def http_text():
-    """What HTTP costs and how a long load went, for the README."""
+    """What HTTP costs."""
     parts = []
     for device, engine in (("cpu", "continuous"), ("h100", "continuous+graphs+fused+kernel")):
         result = load(f"offline-{device}")
@@ -129,11 +144,13 @@ def http_text():
     paragraphs = []
     if parts:
         paragraphs.append(f"What HTTP costs (`python -m bench.offline`): {'; '.join(parts)}.")
-    result = load("soak-cpu")
-    if result:
-        paragraphs.append(soak_sentence(result))
-        paragraphs.append("![Memory and latency over time](figures/soak-cpu.png)")
     return "\n\n".join(paragraphs)
+
+
+def soak_text():
+    """How a long load went."""
+    picture = "![Memory and latency over time](figures/soak-cpu.png)"
+    return f"{soak_sentence(load('soak-cpu'))}\n\n{picture}"
 
 
 def http_sentence(row, without, device, slots):
@@ -158,7 +175,7 @@ def soak_sentence(result):
 
 
 def guidellm_text():
-    """How far load.run and guidellm are apart, for the README."""
+    """How far load.run and guidellm are apart."""
     found = load("clients")["clients"]["agreement"]
     parts = []
     for server in ("planted delays", "cbserver"):
@@ -173,7 +190,7 @@ def guidellm_text():
 
 
 def feed_text():
-    """What the live page costs, for the README."""
+    """What the live page costs."""
     found = load("overhead-cpu")
     if not found or "feed" not in found:
         return ""
@@ -190,7 +207,7 @@ def feed_text():
 
 
 def ray_text():
-    """What a Ray replica costs, for the README."""
+    """What a Ray replica costs."""
     found = load("overhead-cpu")
     if not found:
         return ""
@@ -214,7 +231,7 @@ def ray_sentence(model, runs):
 
 
 def capacity_text():
-    """The check of the simulation and the plan, for the README."""
+    """The check of the simulation and the plan."""
     parts = []
     timed = []
     for device in ("cpu", "h100"):
@@ -288,16 +305,28 @@ def setting(result):
     return " ".join(parts)
 
 
-def write_readme(text, readme, name="numbers"):
-    """`readme` with the text between the two markers of that name replaced."""
+def filled(page, name, text):
+    """`page` with the text between the two markers of that name replaced."""
     marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-    return marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", readme)
+    return marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page)
 
 
-BLOCKS = {"numbers": numbers, "engine": engine_text, "invariance": invariance_text,
-          "models": models_text, "ladder": ladder_text, "http": http_text,
-          "guidellm": guidellm_text, "feed": feed_text, "ray": ray_text,
-          "capacity": capacity_text}
+# The generated blocks of each page, and who writes them.
+PAGES = {
+    "README.md": {"headline": headline_text, "engine": engine_text},
+    "docs/benchmarks.md": {"numbers": numbers, "ladder": ladder_text, "http": http_text,
+                           "invariance": invariance_text},
+    "docs/load-testing.md": {"guidellm": guidellm_text},
+    "docs/operating.md": {"soak": soak_text, "models": models_text},
+    "docs/live-page.md": {"feed": feed_text},
+    "docs/scaling.md": {"ray": ray_text, "capacity": capacity_text}}
+
+
+def block(page, name):
+    """The text of one block of a page, its links as that page needs them."""
+    text = PAGES[page][name]()
+    up = "../" * page.count("/")
+    return text.replace("](figures/", f"]({up}figures/")
 
 
 def save(figure, name):
@@ -326,12 +355,13 @@ def draw():
 def main():
     matplotlib.use("Agg")
     draw()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, make in BLOCKS.items():
-        text = write_readme(make(), text, name)
-    readme.write_text(text, encoding="utf-8")
-    print("README.md")
+    for page, blocks in PAGES.items():
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        for name in blocks:
+            text = filled(text, name, block(page, name))
+        path.write_text(text, encoding="utf-8")
+        print(page)
 
 
 if __name__ == "__main__":

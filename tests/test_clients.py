@@ -178,8 +178,8 @@ def test_the_table_in_api_md_is_up_to_date_and_true(url, path, chat):
     spec = importlib.util.spec_from_file_location("api_tool", ROOT / "tools" / "api.py")
     api = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(api)
-    page = (ROOT / "API.md").read_text()
-    assert page == api.filled(page), "API.md has drifted: run `make figures`"
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert page == api.filled(page), "api.md has drifted: run `make figures`"
     rows = [row.split(" | ") for row in api.rows(ChatRequest if chat else CompletionRequest)]
     refused = [row[0].strip("| `") for row in rows if row[1] == "only the default"]
     assert len(refused) >= 12 and len(rows) - len(refused) >= 11

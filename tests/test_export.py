@@ -98,18 +98,45 @@ def test_one_address_in_badges_and_clone_commands():
             assert f"/notebooks/{path.name})" in text
 
 
-@pytest.mark.parametrize("name", figures.BLOCKS)
-def test_the_readmes_numbers_are_those_of_figures_data(name):
-    readme = (ROOT / "README.md").read_text()
-    text = figures.BLOCKS[name]()
-    assert text and text in readme, "README.md has drifted: run `make figures`"
-    changed = figures.write_readme("other numbers", readme, name)
+@pytest.mark.parametrize("page, name", [(page, name) for page, blocks in figures.PAGES.items()
+                                        for name in blocks])
+def test_the_numbers_of_a_page_are_those_of_figures_data(page, name):
+    shown = (ROOT / page).read_text()
+    text = figures.block(page, name)
+    assert text and text in shown, f"{page} has drifted: run `make figures`"
+    changed = figures.filled(shown, name, "other numbers")
     assert "other numbers" in changed and text not in changed
 
 
-def test_every_figure_that_the_readme_shows_is_committed():
-    shown = re.findall(r"\]\((figures/[^)]+\.png)\)", (ROOT / "README.md").read_text())
-    assert shown and [path for path in shown if not (ROOT / path).exists()] == []
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 8 * 1024
+
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "notebooks" / "GLOSSARY.md",
+         *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_within_the_project_leads_somewhere(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    broken = []
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        found = page if not target else page.parent / target
+        if not found.exists():
+            broken.append(link)
+        elif anchor and anchor not in anchors(found.read_text()):
+            broken.append(link)
+    assert broken == []
+
+
+def anchors(text):
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_committed_data_names_arms_as_the_benchmark_does():

@@ -1,7 +1,7 @@
-"""Fill in API.md's tables: every field that clients may send, from the server's own schema."""
+"""Fill in docs/api.md's tables: every field that clients may send, from the server's own schema."""
 import json
 
-from bench.figures import write_readme
+from bench import figures
 from bench.results import ROOT
 from cbserver.http.schema import ELSEWHERE, ChatRequest, CompletionRequest
 
@@ -52,15 +52,15 @@ def kind(part, schema):
 
 
 def filled(page):
-    """API.md's text with the two tables of fields as they are now."""
+    """docs/api.md's text with the two tables of fields as they are now."""
     for name, model in (("completions", CompletionRequest), ("chat", ChatRequest)):
         table = ["| field | takes | default | |", "| --- | --- | --- | --- |", *rows(model)]
-        page = write_readme("\n".join(table), page, name)
+        page = figures.filled(page, name, "\n".join(table))
     names = ", ".join(f"`{name}`" for name in ELSEWHERE)
-    return write_readme(f"{names}.", page, "elsewhere")
+    return figures.filled(page, "elsewhere", f"{names}.")
 
 
 if __name__ == "__main__":
-    page = ROOT / "API.md"
+    page = ROOT / "docs" / "api.md"
     page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(page.name)

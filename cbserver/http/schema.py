@@ -1,4 +1,4 @@
-"""The fields that clients may send, as pydantic checks and documents them; see API.md."""
+"""The fields that clients may send, as pydantic checks and documents them; see docs/api.md."""
 # A field that is known and not supported may be sent with the one value that changes nothing, as
 # many clients do; any other value is refused by name. Fields that nobody knows are ignored.
 import inspect
