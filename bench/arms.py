@@ -258,8 +258,12 @@ def peak_memory(device):
 
         return round(torch.cuda.max_memory_reserved(device) / 1e9, 2)
 
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
 
+        return round(psutil.Process().memory_info().peak_wset / 1e9, 2)
     scale = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9, 2)
 

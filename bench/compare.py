@@ -5,6 +5,7 @@
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -42,6 +43,44 @@ SPEEDS = ["tokens_per_s", "requests_per_s", *(f"{name}_ms" for name in LATENCIES
 POINTS = 120  # of a utilisation curve on disk
 
 
+# How long an arm's load takes beside sequential's, roughly (figures/data/compare-cpu.json).
+SHARE = {"sequential": 1.0, "one-slot": 1.0, "static": 0.45, "continuous": 0.25}
+
+
+class TimeLeft:
+    """How long the loads of a comparison still take, by the pace of what is done so far.
+
+    arms: those of every run, in order. clock: seconds.
+    """
+
+    def __init__(self, arms, clock=time.monotonic):
+        self.total = sum(SHARE[arm] for arm in arms)
+        self.clock = clock
+        self.begin = clock()
+        self.before = 0.0  # shares done before this run
+        self.share = 0.0  # of the run at work
+
+    def start(self, arm):
+        """The run before is done; the next is of this arm."""
+        self.before += self.share
+        self.share = SHARE[arm]
+
+    def skip(self):
+        """The run at work lies on disk already."""
+        self.total -= self.share
+        self.share = 0.0
+
+    def words(self, done, of):
+        """`, about 3 min left` after so many of its requests; nothing while it is a guess."""
+        finished = self.before + self.share * done / of
+        if done < 5:
+            return ""
+        seconds = (self.clock() - self.begin) / finished * (self.total - finished)
+        if seconds < 60:
+            return f", about {max(10, round(seconds, -1)):.0f} s left"
+        return f", about {seconds / 60:.0f} min left"
+
+
 def compare(options):
     """Run every arm `options.repeats` times; the result as a dict, on disk after each run."""
     options.out.mkdir(parents=True, exist_ok=True)
@@ -53,11 +92,14 @@ def compare(options):
     texts = {}  # of each arm's first run
     plan = order(options.arms, options.repeats)
     begin = time.monotonic()
+    left = TimeLeft([arm for _, arm in plan])
     for number, (repeat, arm) in enumerate(plan, 1):
+        left.start(arm)
+
         def say(line, label=f"[{number}/{len(plan)}] {arm}"):
             print(f"{label}: {line} ({time.monotonic() - begin:.0f} s in all)", flush=True)
 
-        run, records = run_or_resume(arm, repeat, options, say)
+        run, records = run_or_resume(arm, repeat, options, say, left)
         say(f"{run['tokens_per_s']} tokens/s, {run['failures']} failures")
         runs[arm].append(run)
         texts.setdefault(arm, {r.index: r.text for r in records if not r.error})
@@ -101,7 +143,7 @@ def sweep(options):
     return levels
 
 
-def run_or_resume(arm, repeat, options, say):
+def run_or_resume(arm, repeat, options, say, left):
     """One run, kept on disk; with --resume the one that lies there, if its setting is the same."""
     name = f"{arm}-{repeat + 1}"
     kept = options.out / f"{name}.json"
@@ -111,14 +153,15 @@ def run_or_resume(arm, repeat, options, say):
         before = json.loads(kept.read_text(encoding="utf-8"))
         if before["setting"] == setting:
             say("kept from an earlier run")
+            left.skip()
             return before["run"], read_records(options.out / f"{name}.jsonl")
     kept.unlink(missing_ok=True)
-    run, records = run_arm(arm, repeat, options, say)
+    run, records = run_arm(arm, repeat, options, say, left)
     write_json({"setting": setting, "run": run}, kept)
     return run, records
 
 
-def run_arm(arm, repeat, options, say):
+def run_arm(arm, repeat, options, say, left):
     """Start the server of one arm, load it, stop it: (its numbers, its records)."""
     name = f"{arm}-{repeat + 1}"
     say("starting the server")
@@ -128,12 +171,15 @@ def run_arm(arm, repeat, options, say):
         model = first_model(server.url, options.api_key)
         warm_up(server.url, model, options.api_key)
         say("ready; the load begins")
+        tell = None
+        if not options.steady_seconds:
+            tell = functools.partial(left.words, of=options.requests)
         with Utilization(server.process.pid, server.url, options.api_key) as watch:
             loaded = run_load(
                 server.url, options.out, name=name, users=options.users, rate=options.rate,
                 spawn_rate=options.spawn_rate, requests=options.requests, model=model,
                 steady_seconds=options.steady_seconds, min_requests=options.min_requests,
-                processes=options.processes, **same_load(options))
+                processes=options.processes, left=tell, **same_load(options))
     span = loaded["span"]
     run = loaded["summary"]
     run["utilization"] = watch.between(*span)

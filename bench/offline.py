@@ -13,6 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from bench import machine
 from bench.arms import run_child
 from bench.results import command_line, first_gpu, hardware, order, versions, write_json
 from load.process import LoadFailed
@@ -229,6 +230,8 @@ def parse(arguments=None):
     add("--stall", action="store_true", help="also what a long prompt does to running streams")
     add("--with-vllm", action="store_true", help="add vLLM, if it is installed")
     add("--fresh", action="store_true", help="forget what --out already holds")
+    add("--report", action="store_true",
+        help="a short run, and a report of this machine to paste back (minutes)")
     add("--out", type=Path, help="figures/data/offline-DEVICE.json")
     options = parser.parse_args(arguments)
     options.command = command_line("bench.offline", arguments)
@@ -248,6 +251,13 @@ def fill_in(options, parser):
     options.longest = options.longest or (256 if gpu else 128)
     options.max_len = 4608 if options.workload == "chat" else 2 * options.longest
     options.vocab = vocabulary(options.model)
+    if options.report:
+        options.arms = options.arms or ",".join(machine.ARMS[gpu])
+        options.slots = options.slots[:1]
+        options.requests = options.requests or 16
+        options.repeats = 1
+        options.fresh = True
+        options.out = options.out or Path("figures/latest/report.json")
     options.prefill_budget = options.prefill_budget or engine_budget(gpu)
     every = GPU_ARMS if gpu else CPU_ARMS
     if options.arms:
@@ -277,6 +287,9 @@ def main(arguments=None):
     except (LoadFailed, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if options.report:
+        print(f"\nPlease paste these lines back:\n\n{machine.report(result, options)}")
+        return 0
     print("\n" + table(result) + "\n")
     for same in result.get("same_tokens", []):
         print(f"{same['arm']}, {same['slots']} slots: {same['whole']} of {same['compared']} "

@@ -33,7 +33,7 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, seed=0, model=None,
              api_key=None, steady_seconds=0, min_requests=100, timeout_s=3600, name="load",
-             rate=0, goodput_targets=(), processes=1, chat=False, body=None):
+             rate=0, goodput_targets=(), processes=1, chat=False, body=None, left=None):
     """Send `requests` requests of a workload from `users` users; `spawn_rate` users start a second.
 
     rate: requests a second with Poisson arrivals, however many are in flight (open loop); `users`
@@ -42,6 +42,7 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
     core can make. chat, body: /v1/chat/completions, and fields for every request's body.
     With steady_seconds, for fast devices: no fixed list; go on until `min_requests` are done and
     all users have been in flight for that many seconds, and count the tokens of that time only.
+    left: a function of the requests done so far, for words to put behind the progress.
     Returns {"records": list[RequestRecord], "summary": dict, "span": (first, last) of what counts,
     "cpu": samples of `follow`, "html": Path, "jsonl": Path}; `out`/`name`.jsonl and
     `out`/`name`.html stay. Raises LoadFailed with one sentence.
@@ -81,7 +82,7 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
     key = {"CBSERVER_API_KEY": api_key} if api_key else {}
     process = spawn(command, log, **key)
     try:
-        cpu = follow(process, jsonl, Progress(name, limit), timeout_s)
+        cpu = follow(process, jsonl, Progress(name, limit, left), timeout_s)
     finally:
         stop(process)
     records = read_records(jsonl)
@@ -253,9 +254,10 @@ def read_records(path):
 class Progress:
     """How many requests are done: a bar on a terminal, elsewhere a line every 10 s."""
 
-    def __init__(self, label, total):
+    def __init__(self, label, total, left=None):
         self.label = label
         self.total = total
+        self.left = left or (lambda done: "")
         self.done = 0
         self.begin = time.monotonic()
         self.told = self.begin
@@ -268,6 +270,7 @@ class Progress:
     def show(self, done):
         if self.bar is not None:
             self.bar.update(done - self.done)
+            self.bar.set_postfix_str(self.left(done))
         self.done = done
         if self.bar is None and time.monotonic() - self.told >= 10:
             self.tell()
@@ -275,7 +278,8 @@ class Progress:
     def tell(self):
         self.told = time.monotonic()
         of = f" of {self.total}" if self.total else ""
-        print(f"{self.label}: {self.done}{of} requests, {self.told - self.begin:.0f} s", flush=True)
+        print(f"{self.label}: {self.done}{of} requests, {self.told - self.begin:.0f} s"
+              f"{self.left(self.done)}", flush=True)
 
     def close(self):
         if self.bar is not None:

@@ -1,10 +1,12 @@
 """What a newcomer types: a mistake is one sentence and an exit code, a right command works."""
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -142,3 +144,32 @@ def test_make_says_what_is_missing(tmp_path):
 def test_a_lesson_installs_nothing_where_everything_is_there(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail(f"runs {args}"))
     lesson.install_missing()
+
+
+@contextlib.contextmanager
+def index(answer):
+    """A stand-in for torch's index on the loopback: one that answers, or one that only listens."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        if answer:
+            def serve():
+                with contextlib.suppress(OSError):  # closed at the end of the test
+                    connection, _ = listening.accept()
+                    connection.recv(4096)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                    connection.close()
+            threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's torch brings CUDA along")
+@pytest.mark.parametrize("answer, nvidia, taken", [(True, "", True), (False, "", False),
+                                                   (True, "/usr/bin/nvidia-smi", False)])
+def test_without_a_gpu_torch_comes_from_its_cpu_index_if_that_answers(answer, nvidia, taken):
+    with index(answer) as url:
+        done = subprocess.run(["make", "torch-cpu", f"PY={sys.executable}", "PIP=echo pip",
+                               f"NVIDIA={nvidia}", f"TORCH_INDEX={url}"], cwd=ROOT, timeout=60,
+                              capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (f"pip --extra-index-url {url} torch>=" in done.stdout) == taken

@@ -464,3 +464,28 @@ def test_what_a_model_thinks_aloud_counts_as_its_text(name):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           timeout=60)
     assert done.stdout.strip() == "[1.5] hm", done.stderr
+
+
+def test_the_time_left_follows_the_pace():
+    now = [0.0]
+    left = compare.TimeLeft(["sequential", "static", "continuous"], clock=lambda: now[0])
+    left.start("sequential")
+    now[0] = 10.0
+    assert left.words(4, 64) == "", "a guess from four requests"
+    now[0] = 50.0  # half of the first arm; 0.5 + 0.45 + 0.25 of it are left
+    assert left.words(32, 64) == ", about 2 min left"
+    left.start("static")
+    now[0] = 100.0
+    left.start("continuous")
+    now[0] = 145.0
+    assert left.words(32, 64) == ", about 10 s left"
+
+
+def test_what_lies_on_disk_takes_no_time():
+    now = [0.0]
+    left = compare.TimeLeft(["sequential", "continuous"], clock=lambda: now[0])
+    left.start("sequential")
+    left.skip()
+    left.start("continuous")
+    now[0] = 60.0
+    assert left.words(32, 64) == ", about 1 min left"
