@@ -18,8 +18,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.course  ## three engines, 50 users, one table (about 10 minutes on 2 cores)
-	$(PY) -m bench.compare --out figures/latest $(if $(MODEL),--model $(MODEL))
+demo: $(VENV)/.course  ## three engines, 50 users, one table (about 4 minutes on 2 cores)
+	$(PY) -m bench.compare --requests 50 --out figures/latest $(if $(MODEL),--model $(MODEL))
 
 compare: $(VENV)/.course  ## the full comparison: four arms, three repeats, a sweep over users
 	$(PY) -m bench.compare --arms sequential,static,one-slot,continuous --repeats 3 \
@@ -37,14 +37,20 @@ serve-ray: $(VENV)/.ray  ## REPLICAS=2 servers behind one port, on Ray Serve (in
 	RAY_USAGE_STATS_ENABLED=0 $(VENV)/bin/serve run cbserver.on_ray:app replicas=$(REPLICAS) \
 		host=$(HOST) port=$(PORT) $(if $(MODEL),model=$(MODEL)) $(RAY)
 
-test: $(VENV)/.dev  ## every test, the notebooks included
+# In `make test`: style; the engines against generate() under random schedules; the server, the
+# API, text, refusals, a drain; every lesson from top to bottom on a tiny model, every exercise, one
+# planted mistake a lesson; what Colab installs; that pages, numbers and modules are up to date.
+# In `make test-slow`: every type of model of transformers; every other planted mistake, directive of
+# nbdev and card of the kernel; a fuzzer; the full chaos; the measurements from a terminal.
+# `make test-all` is both, and the environments of others: clients, Ray, Colab.
+test: $(VENV)/.dev  ## the quick tests, all notebooks included (about 7 minutes on 2 cores)
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q -m "not slow"
 
-test-slow: $(VENV)/.dev  ## what takes minutes: every kind of model that transformers has
+test-slow: $(VENV)/.dev  ## the thorough ones: all models, all planted mistakes, fuzzer, chaos (7 minutes)
 	$(PY) -m pytest -q -m slow
 
-test-all: test test-slow test-clients  ## all of it, and clients that others wrote
+test-all: test test-slow test-clients test-ray test-colab  ## all of it, with others' clients, Ray and Colab
 
 test-clients: $(VENV)/.dev $(VENV)-clients/.done  ## LangChain and guidellm against the server
 	$(VENV)-clients/bin/python -m bench.clients $(abspath $(PY))

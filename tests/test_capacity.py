@@ -154,6 +154,7 @@ def test_the_noted_engine_notes_every_step(tiny):
     assert isinstance(engine.runner, NotedRunner) and all(step[4] > 0 for step in log)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_measure_and_plan_run_from_a_terminal_and_write_what_they_print(tmp_path, capsys):
     out = tmp_path / "capacity.json"

@@ -6,6 +6,7 @@ import random
 import weakref
 
 import httpx
+import pytest
 from conftest import added_text, held, prompt, serving
 
 from cbserver.scheduler import ContinuousEngine
@@ -57,6 +58,7 @@ def values(text):
             (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
 
 
+@pytest.mark.slow
 def test_chaos_leaves_nothing_behind_and_every_total_exact(tiny, reference):
     engine = ContinuousEngine(*tiny, max_batch=8, max_waiting=60, max_len=128)
     submit, accepted = engine.submit, []

@@ -190,6 +190,7 @@ def test_the_table_in_api_md_is_up_to_date_and_true(url, path, chat):
         assert response.status_code == 400 and response.json()["error"]["param"] == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", schemathesis.GenerationMode)
 def test_nothing_that_the_schema_allows_or_forbids_is_a_server_error(url, mode):
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")

@@ -19,9 +19,13 @@ NAMED = re.compile(r"# Exercise (\w+\.\d)\b")
 
 
 def mistakes():
+    """All planted mistakes; but for the first of each table they are marked slow."""
     for table in TABLES:
-        for mistake in importlib.import_module(f"mistakes.{table}").MISTAKES:
-            yield pytest.param(*mistake, id=f"{mistake[0]}-{mistake[1]}-{mistake[4][:24]}")
+        planted = importlib.import_module(f"mistakes.{table}").MISTAKES
+        for mistake in planted:
+            marks = [] if mistake is planted[0] else pytest.mark.slow
+            name = f"{mistake[0]}-{mistake[1]}-{mistake[4][:24]}"
+            yield pytest.param(*mistake, id=name, marks=marks)
 
 
 @pytest.fixture

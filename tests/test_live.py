@@ -51,12 +51,16 @@ def test_without_an_edit_the_hook_writes_what_nbdev_wrote(course, path, capsys):
     assert "nothing to write" in capsys.readouterr().out and module(course, seen) == before
 
 
-@pytest.mark.parametrize("number, old, new", [
+EDITS = [
     ("05", "return sorted(values)[max(0", "return 0 * sorted(values)[max(0"),
     ("05", 'LATENCIES = ("ttft"', 'NEW = 5\nLATENCIES = ("ttft"'),
     ("05", "def percentile(", "def worst(values):\n    return max(values)\n\n\ndef percentile("),
     ("04", "left = self.prefill_budget", "left = 100"),
-    ("02", "from collections import", "import json\nfrom collections import")])
+    ("02", "from collections import", "import json\nfrom collections import")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, old, new", EDITS)
 def test_an_edit_gives_what_nbdev_makes_of_the_edited_notebook(course, number, old, new):
     path = lesson(course, number)
     seen = recorder(course, path, lambda source: source.replace(old, new))
@@ -87,7 +91,8 @@ HEADS = ["#| export", "#|export", "# | export", "#| exports", "#| hide\n#| expor
 OLD, NEW = "left = self.prefill_budget", "left = 100"
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [HEADS[0], *(pytest.param(head, marks=pytest.mark.slow)
+                                              for head in HEADS[1:])])
 def test_every_directive_is_as_nbdev_has_it_or_refused_with_the_reason(course, capsys, head):
     path = lesson(course, "04")
 

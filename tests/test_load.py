@@ -256,6 +256,7 @@ def test_several_tokens_in_an_event_are_counted_as_tokens(serve, tmp_path):
     assert "ITL is the gap between events" in report.notes({"arms": {"continuous": arm}})
 
 
+@pytest.mark.slow
 def test_several_processes_share_one_list_and_a_steady_time(serve, tmp_path):
     result = run_load(serve(), tmp_path, users=5, spawn_rate=50, workload="short", requests=11,
                       processes=2)
@@ -367,6 +368,7 @@ def test_the_knee_is_where_more_users_stop_helping():
     assert report.knee(levels) == 16
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
     arguments = ["--arms", "sequential,continuous", "--workload", "short", "--users", "4",
                  "--requests", "8", "--no-fast-device", "--spawn-rate", "50", "--out",
@@ -389,6 +391,7 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
         compare.compare(other)
 
 
+@pytest.mark.slow
 def test_an_open_loop_keeps_its_arrivals_and_counts_from_when_a_request_was_due(serve, tmp_path):
     due = list(itertools.islice(arrivals(40, seed=3), 1000))
     assert due[-1] == pytest.approx(25, rel=0.15), "40 a second on average"

@@ -18,6 +18,7 @@ def options(out, *more):
                           "--longest", "24", "--repeats", "1", "--out", str(out), *more])
 
 
+@pytest.mark.slow
 def test_arms_are_measured_compared_and_resumed(tmp_path, capsys):
     out = tmp_path / "offline.json"
     result = offline.measure(options(out))
@@ -83,6 +84,7 @@ def test_unknown_arms_and_a_missing_vllm_are_said(capsys):
     assert "pip install vllm" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_soak_counts_who_left_who_failed_and_what_memory_did(tmp_path, capsys):
     out = tmp_path / "soak.json"
     assert soak.main(["--model", "random:tiny", "--minutes", "0.06", "--interval", "1", "--users",
