@@ -22,6 +22,7 @@ LESSONS = ["one stream", "a queue", "one pass\nfor many", "continuous\nbatching"
 PIP = [sys.executable, "-m", "pip", "install", "-q"]
 recorder = live.Recorder()
 export_module, restore = recorder.export_module, recorder.restore
+turn, undo = recorder.turn, recorder.undo
 
 
 def setup(number=None):
@@ -61,10 +62,11 @@ def setup(number=None):
 
 
 def note_exports():
-    """Note `#| export` cells as they run, for export_module(); only IPython has cells."""
+    """Note `#| export` cells as they run, with the learner's turns; only IPython has cells."""
     if (shell := sys.modules.get("IPython")) and (shell := shell.get_ipython()):
         if recorder.note not in shell.events.callbacks["post_run_cell"]:
             shell.events.register("post_run_cell", recorder.note)
+            shell.input_transformers_cleanup.append(recorder.before_run)
 
 
 def road_map(number):

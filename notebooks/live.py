@@ -1,16 +1,23 @@
-"""A learner's edits become the module that the server runs.
+"""A learner's edits become the module that the server runs, and so do the turns that pass.
+
+A turn is a function or method that the learner writes. Once it has passed its check, its source
+takes the place of the course's in the `#| export` cell below, before that cell runs.
 
 On Colab the open notebook is no file, so nothing on disk has the edits. A hook notes every
 `#| export` cell that ran without an error; `export_module` puts these cells into the module, in
 place of the ones they replace, the way nbdev would lay them out.
 """
 import ast
+import asyncio
+import inspect
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +37,7 @@ class Recorder:
 
     def __init__(self, package=ROOT / "cbserver"):
         self.package, self.module, self.cells = package, None, {}
+        self.turns = Turns()
 
     def note(self, result):
         """IPython's `post_run_cell` hook."""
@@ -53,7 +61,7 @@ class Recorder:
             print(f"Not noted for export_module(): it goes to another module, {name}. "
                   "`make export` writes that.")
             return
-        code = source[len(lead):].rstrip()
+        code = self.turns.splice(source[len(lead):].rstrip())
         kind = KINDS.get(kind, kind)
         if kind == "default_exp":
             self.module, self.cells = name, {}
@@ -61,8 +69,31 @@ class Recorder:
             key = getattr(result.info, "cell_id", None) or bound(code)
             self.cells.pop(key, None)
             self.cells[key] = (kind, code)
+            self.turns.say_whose(code)
         else:
             print("Not noted for export_module(): this cell failed, the version before it counts.")
+
+    def before_run(self, lines):
+        """IPython's input transformer: a cell's lines, with the turns that passed in place."""
+        source = "".join(lines)
+        found = DIRECTIVE.search(LEAD.match(source)[0])
+        if found is None or found[1] == "default_exp":
+            return lines
+        return self.turns.splice(source).splitlines(keepends=True)
+
+    def turn(self, name, function, check):
+        """Grade the learner's version of `Class.method` or `function`; if it passes, it is used.
+
+        check: called with the module that would be exported, the learner's version in it; it
+        raises AssertionError with a hint, or passes. It may be a coroutine function.
+        """
+        path = self.package / self.file_name()
+        self.turns.grade(name, function, check, path.read_text(encoding="utf-8"))
+
+    def undo(self, name):
+        """Use the course's version of this turn again."""
+        self.turns.passed.pop(name, None)
+        print(f"{name}: the course's version is in use once its cell below has run again")
 
     def file_name(self):
         if self.module is None:
@@ -95,6 +126,126 @@ class Recorder:
                                 "without git, download the module again.")
         forget()
         print(f"✓ {name} is the course's again; import from cbserver again to use it here")
+
+
+class Turns:
+    """The turns that were tried, and the source of those that passed."""
+
+    limit = 20  # seconds for a check: a loop without an end must not stop the notebook
+
+    def __init__(self):
+        self.tried = []
+        self.passed = {}
+
+    def grade(self, name, function, check, module):
+        """Check a turn in the text of the module it belongs to, and say what came out."""
+        if name not in self.tried:
+            self.tried.append(name)
+        self.passed.pop(name, None)
+        written = textwrap.dedent(inspect.getsource(function))
+        if unwritten(written):
+            print(f"{name}: not written yet, so the course's version is in use")
+            return
+        reason = self.mistake(name, written, check, module)
+        if reason is None:
+            self.passed[name] = written
+            print(f"✓ {name}: yours passes, and is in use once its cell below has run. "
+                  f'lesson.undo("{name}") goes back to the course\'s.')
+        else:
+            print(f"not yet: {reason}\n{name}: the course's version is in use")
+
+    def mistake(self, name, written, check, module):
+        """What is wrong with a turn, in a sentence; None if it passes."""
+        course = find(ast.parse(module), name)
+        if course is None:
+            raise LookupError(f"the module has no {name}")
+        wanted = ast.unparse(course.args)
+        mine = ast.parse(written).body[0]
+        if ast.unparse(mine.args) != wanted:
+            return f"keep the parameters as they are: ({wanted})"
+        if type(mine) is not type(course):
+            return f"keep it `{'async def' if isinstance(course, ast.AsyncFunctionDef) else 'def'}`"
+        made = types.ModuleType("cbserver.yours")
+        made.__package__ = "cbserver"
+        text = replace(self.splice(module), name, written)
+        return within(self.limit, lambda: run_check(check, made, text))
+
+    def splice(self, source):
+        """A cell or a module with the turns that passed in place of the course's versions."""
+        for name, written in self.passed.items():
+            source = replace(source, name, written)
+        return source
+
+    def say_whose(self, code):
+        """Print which version of its turns a cell has just defined."""
+        try:
+            tree = ast.parse(code)
+        except SyntaxError:
+            return
+        here = [name for name in self.tried if find(tree, name)]
+        whose = {name: "yours" if name in self.passed else "the course's" for name in here}
+        if whose:
+            print("in use: " + ", ".join(f"{name} {owner}" for name, owner in whose.items()))
+
+
+def find(tree, name):
+    """The definition of `function` or `Class.method` in a parsed text, or None."""
+    found = tree
+    for part in name.split("."):
+        inside = [node for node in found.body if getattr(node, "name", None) == part]
+        if not inside:
+            return None
+        found = inside[-1]
+    return found
+
+
+def replace(source, name, written):
+    """`source` with another definition of `function` or `Class.method`; its decorators stay."""
+    try:
+        course = find(ast.parse(source), name)
+    except SyntaxError:  # a %magic: no cell of the course that is exported
+        return source
+    if course is None:
+        return source
+    lines = source.splitlines(keepends=True)
+    mine = textwrap.indent(written.strip("\n"), " " * course.col_offset) + "\n"
+    new = "".join([*lines[:course.lineno - 1], mine, *lines[course.end_lineno:]])
+    return new if source.endswith("\n") else new.rstrip("\n")
+
+
+def unwritten(source):
+    """Whether a stub is as the course has it: it raises NotImplementedError."""
+    raised = [node.exc for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
+    return any("NotImplementedError" in ast.unparse(what) for what in raised if what)
+
+
+def run_check(check, module, text):
+    exec(compile(text, "<yours>", "exec"), vars(module))
+    found = check(module)
+    if inspect.iscoroutine(found):
+        asyncio.run(found)
+
+
+def within(seconds, check):
+    """Run a check in a thread of its own: what it says is wrong, or None."""
+    said = []
+
+    def run():
+        try:
+            check()
+            said.append(None)
+        except AssertionError as error:
+            said.append(str(error) or "the result is not the expected one")
+        except Exception as error:
+            said.append(f"it raised {error!r}")
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not said:
+        return (f"it did not come to an end within {seconds} seconds: does a loop wait for "
+                "something that never happens? If the notebook is slow now, restart it.")
+    return said[0]
 
 
 def bound(code):

@@ -7,8 +7,13 @@ import ast
 import asyncio
 import importlib
 import inspect
+import linecache
 import re
+import textwrap
+from types import SimpleNamespace
 
+import lesson
+import live
 import pytest
 from conftest import ROOT
 from test_export import LESSONS, cells
@@ -38,9 +43,8 @@ def classroom(monkeypatch):
     monkeypatch.setenv("CBSERVER_MODEL", "random:tiny")
     monkeypatch.delenv("NGROK_AUTHTOKEN", raising=False)
     monkeypatch.chdir(ROOT / "notebooks")
-    import lesson
-
     monkeypatch.setattr(lesson, "SMOKE", True)
+    monkeypatch.setattr(lesson.recorder, "turns", live.Turns())
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     yield
     lesson.stop()
@@ -60,7 +64,9 @@ def run(number, until, edits=(), skip=(), after=lambda cell, execute: None):
     asyncio.set_event_loop(loop)
 
     def execute(source):
-        code = compile(source, number, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        name = f"{number}-{len(linecache.cache)}"  # a turn's source is looked up by its file
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        code = compile(source, name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         result = eval(code, names)
         if inspect.iscoroutine(result):
             loop.run_until_complete(result)
@@ -68,7 +74,10 @@ def run(number, until, edits=(), skip=(), after=lambda cell, execute: None):
     try:
         for cell in cells(path_of(number), "code"):
             if cell["id"] not in skip:
-                execute(dict(edits).get(cell["id"], "".join(cell["source"])))
+                source = dict(edits).get(cell["id"], "".join(cell["source"]))
+                execute("".join(lesson.recorder.before_run(source.splitlines(keepends=True))))
+                lesson.recorder.note(SimpleNamespace(
+                    info=SimpleNamespace(raw_cell=source, cell_id=cell["id"]), success=True))
                 after(cell, execute)
             if cell["id"] == until:
                 return
@@ -125,6 +134,55 @@ def test_a_lesson_has_two_to_four_exercises_and_predictions_before_its_measureme
     assert 2 <= len(stubs) <= 4
     heads = re.findall(r"### Exercise \w+\.\d · .+ \((?:★|☆)+, \d+ minutes\)", "\n".join(text))
     assert len(heads) == len(stubs), "### Exercise 4.1 · Its name (★★☆, 20 minutes)"
-    assert "\n".join(text).count("<summary>Hint</summary>") == len(stubs)
+    turns = re.findall(r"### Your turn \d\.\d · .+ \((?:★|☆)+, \d+ minutes\)", "\n".join(text))
+    assert len(turns) == sum("lesson.turn(" in s for s in text)
+    assert "\n".join(text).count("<summary>Hint</summary>") == len(stubs) + len(turns)
     assert sum("**Predict**" in s for s in text) >= 3
     assert "The same in vLLM" in "\n".join(text) and "**Takeaways**" in "\n".join(text)
+
+
+def turns():
+    """Every turn of every lesson, and the planted mistakes in it: a list for each turn."""
+    for table in TABLES:
+        found = getattr(importlib.import_module(f"mistakes.{table}"), "TURNS", [])
+        for name in dict.fromkeys(name for name, *_ in found):
+            planted = [mistake for mistake in found if mistake[0] == name]
+            yield pytest.param(table.split("_")[1], name, planted, id=f"{table}-{name}")
+
+
+def solution_of(number, name):
+    """The course's version of a turn, as a learner would write it in the stub."""
+    for cell in cells(path_of(number), "code"):
+        source = "".join(cell["source"])
+        if source.startswith("#| export"):
+            node = live.find(ast.parse(source), name)
+            if node:
+                return textwrap.dedent("".join(source.splitlines(keepends=True)
+                                               [node.lineno - 1:node.end_lineno]))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("number, name, planted", turns())
+def test_a_turn_is_graded_with_a_hint_for_each_usual_mistake(classroom, capsys, monkeypatch, number,
+                                                            name, planted):
+    solution = solution_of(number, name)
+    _, stub, check, *_ = planted[0]
+
+    def said(source):
+        monkeypatch.setattr(lesson.recorder, "turns", live.Turns())
+        run(number, check, {stub: source}, skip=costly(number))
+        return capsys.readouterr().out
+
+    assert f"{name}: not written yet" in said(source_of(number, stub))
+    assert f"✓ {name}: yours passes" in said(solution)
+    for *_, (old, new), hint in planted:
+        written = textwrap.indent(solution, "    ")
+        assert written.count(old) == 1, f"{old!r} is not once in {name}"
+        out = said(textwrap.dedent(written.replace(old, new)))
+        assert "not yet: " in out and hint in out, out
+        assert f"{name}: the course's version is in use" in out
+
+
+def costly(number):
+    table = importlib.import_module(f"mistakes.lesson_{number}")
+    return getattr(table, "SLOW", ())

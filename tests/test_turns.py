@@ -1,0 +1,145 @@
+"""A turn that passes is what runs and what is exported; the course's version otherwise."""
+import ast
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Runs a lesson's cells in an IPython shell, as a kernel does, and exports its module at the end.
+SHELL = """
+import json, sys
+from IPython.core.interactiveshell import InteractiveShell
+sys.path.insert(0, "notebooks")
+sys.path.insert(0, ".")
+import lesson
+shell = InteractiveShell.instance()
+lesson.note_exports()
+shell.user_ns["lesson"] = lesson
+for source in json.load(open(sys.argv[1])):
+    result = shell.run_cell(source)
+    if not result.success and "allowed to fail" not in source:
+        raise SystemExit(f"failed: {source}")
+"""
+STUBS = {"t1a": "Sequence.append", "t2a": "Sequence.stream", "t3a": "Engine.submit"}
+LAST = "c13"
+COURSE = (ROOT / "notebooks" / "02_sequence_queue.ipynb")
+
+
+def code_cells(path=COURSE):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return {c["id"]: "".join(c["source"]) for c in cells if c["cell_type"] == "code"}
+
+
+def written(name, text=None):
+    """A turn's course version, with a remark that makes it the learner's own."""
+    import live
+
+    text = text or (ROOT / "cbserver" / "sequence.py").read_text(encoding="utf-8")
+    node = live.find(ast.parse(text), name)
+    lines = text.splitlines(keepends=True)[node.lineno - 1:node.end_lineno]
+    own = [line.removeprefix(" " * node.col_offset) for line in lines]
+    own.insert(-1, own[-1][:len(own[-1]) - len(own[-1].lstrip())] + "# mine\n")
+    return "".join(own)
+
+
+@pytest.fixture
+def course(tmp_path):
+    for name in ("notebooks", "cbserver", "load", "bench"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def play(course, edits, more=()):
+    """Run lesson 2 up to its engine with these stubs, then more cells: (module's text, output)."""
+    cells = code_cells()
+    sources = []
+    for name, source in cells.items():
+        if name not in ("c01", "c05", "l1", "c25c", "c11"):
+            sources.append(edits.get(name, source))
+        if name == LAST:
+            break
+    script = course / "cells.json"
+    script.write_text(json.dumps([*sources, *more, "lesson.export_module()"]), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", SHELL, script.name], cwd=course, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return (course / "cbserver" / "sequence.py").read_text(encoding="utf-8"), done.stdout
+
+
+def module_with(names):
+    """cbserver/sequence.py with the learner's versions of these turns."""
+    import live
+
+    text = (ROOT / "cbserver" / "sequence.py").read_text(encoding="utf-8")
+    for name in names:
+        text = live.replace(text, name, written(name))
+    return text
+
+
+def test_without_a_line_written_the_course_is_exported(course):
+    module, said = play(course, {})
+    assert module == module_with([])
+    assert "in use: Sequence.append the course's, Sequence.stream the course's" in said
+
+
+def test_turns_that_pass_are_what_runs_and_what_is_exported(course):
+    edits = {stub: written(name) for stub, name in STUBS.items()}
+    look = "import inspect; print('runs:', '# mine' in inspect.getsource(Sequence.append))"
+    module, said = play(course, edits, [look])
+    assert module == module_with(STUBS.values()) and module.count("# mine") == 3
+    assert "runs: True" in said
+    assert "in use: Sequence.append yours, Sequence.stream yours" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nbdev") is None, reason="nbdev is the judge")
+def test_the_module_is_what_nbdev_makes_of_the_notebook_with_the_learners_lines_in_it(course):
+    module, _ = play(course, {stub: written(name) for stub, name in STUBS.items()})
+    path = course / "notebooks" / COURSE.name
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    import live
+
+    for cell in notebook["cells"]:
+        if cell["id"] in ("c09", "c13"):
+            source = "".join(cell["source"])
+            for name in STUBS.values():
+                source = live.replace(source, name, written(name))
+            cell["source"] = source.splitlines(keepends=True)
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    export = f"from nbdev.export import nb_export; nb_export({str(path)!r}, lib_path='cbserver')"
+    subprocess.run([sys.executable, "-c", export], cwd=course, check=True)
+    assert module == (course / "cbserver" / "sequence.py").read_text(encoding="utf-8")
+
+
+def test_a_wrong_turn_is_not_used_and_the_others_are(course):
+    wrong = written("Sequence.append").replace("== self.params", "> self.params")
+    module, said = play(course, {"t1a": wrong, "t3a": written("Engine.submit")})
+    assert module == module_with(["Engine.submit"])
+    assert "not yet: max_tokens=3: the third token ends it" in said
+
+
+def test_a_turn_that_was_right_and_is_wrong_now_goes_back_to_the_course(course):
+    cells = code_cells()
+    right, wrong = written("Sequence.append"), "def append(self, token, eos):\n    pass"
+    again = [wrong, cells["t1b"], cells["c09"]]
+    module, said = play(course, {"t1a": right}, again)
+    assert module == module_with([])
+    assert said.rindex("Sequence.append the course's") > said.rindex("Sequence.append yours")
+
+
+def test_a_half_edited_stub_changes_nothing_that_passed(course):
+    half = "def append(self, token, eos):\n    if (  # allowed to fail"
+    module, _ = play(course, {"t1a": written("Sequence.append")}, [half, code_cells()["c09"]])
+    assert module == module_with(["Sequence.append"])
+
+
+def test_one_line_goes_back_to_the_course(course):
+    back = ['lesson.undo("Sequence.append")', code_cells()["c09"]]
+    module, said = play(course, {"t1a": written("Sequence.append")}, back)
+    assert module == module_with([])
+    assert "Sequence.append: the course's version is in use once its cell below has run" in said
