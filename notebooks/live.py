@@ -28,6 +28,9 @@ KINDS = {"exports": "export"}  # what else nbdev calls it
 MARK = re.compile(r"^# %% (.*)\n", re.M)  # nbdev's, above each cell of a module
 
 
+COURSE = "# The course's version"  # above a cell with turns that no module gets
+
+
 class ExportRefused(Exception):
     """The cells would make a module that cannot be used; the message says why."""
 
@@ -42,6 +45,8 @@ class Recorder:
     def note(self, result):
         """IPython's `post_run_cell` hook."""
         source = result.info.raw_cell or ""
+        if source.startswith(COURSE):
+            self.turns.say_whose(source)
         lead = LEAD.match(source)[0]
         found = DIRECTIVE.search(lead)
         if found is None:
@@ -77,7 +82,8 @@ class Recorder:
         """IPython's input transformer: a cell's lines, with the turns that passed in place."""
         source = "".join(lines)
         found = DIRECTIVE.search(LEAD.match(source)[0])
-        if found is None or found[1] == "default_exp":
+        exported = found is not None and found[1] != "default_exp"
+        if not exported and not source.startswith(COURSE):
             return lines
         return self.turns.splice(source).splitlines(keepends=True)
 
@@ -85,7 +91,8 @@ class Recorder:
         """Grade the learner's version of `Class.method` or `function`; if it passes, it is used.
 
         check: called with the module that would be exported, the learner's version in it; it
-        raises AssertionError with a hint, or passes. It may be a coroutine function.
+        raises AssertionError with a hint, or passes. It may be a coroutine function. A function
+        that no module has is checked by itself, as the attribute `name`.
         """
         path = self.package / self.file_name()
         self.turns.grade(name, function, check, path.read_text(encoding="utf-8"))
@@ -146,7 +153,8 @@ class Turns:
         if unwritten(written):
             print(f"{name}: not written yet, so the course's version is in use")
             return
-        reason = self.mistake(name, written, check, module)
+        alone = types.SimpleNamespace(**{function.__name__: function})
+        reason = self.mistake(name, written, check, module, alone)
         if reason is None:
             self.passed[name] = written
             print(f"✓ {name}: yours passes, and is in use once its cell below has run. "
@@ -154,11 +162,11 @@ class Turns:
         else:
             print(f"not yet: {reason}\n{name}: the course's version is in use")
 
-    def mistake(self, name, written, check, module):
+    def mistake(self, name, written, check, module, alone):
         """What is wrong with a turn, in a sentence; None if it passes."""
         course = find(ast.parse(module), name)
         if course is None:
-            raise LookupError(f"the module has no {name}")
+            return within(self.limit, lambda: run_check(check, alone))
         wanted = ast.unparse(course.args)
         mine = ast.parse(written).body[0]
         if ast.unparse(mine.args) != wanted:
@@ -168,7 +176,8 @@ class Turns:
         made = types.ModuleType("cbserver.yours")
         made.__package__ = "cbserver"
         text = replace(self.splice(module), name, written)
-        return within(self.limit, lambda: run_check(check, made, text))
+        exec(compile(text, "<yours>", "exec"), vars(made))
+        return within(self.limit, lambda: run_check(check, made))
 
     def splice(self, source):
         """A cell or a module with the turns that passed in place of the course's versions."""
@@ -219,8 +228,7 @@ def unwritten(source):
     return any("NotImplementedError" in ast.unparse(what) for what in raised if what)
 
 
-def run_check(check, module, text):
-    exec(compile(text, "<yours>", "exec"), vars(module))
+def run_check(check, module):
     found = check(module)
     if inspect.iscoroutine(found):
         asyncio.run(found)

@@ -154,7 +154,7 @@ def solution_of(number, name):
     """The course's version of a turn, as a learner would write it in the stub."""
     for cell in cells(path_of(number), "code"):
         source = "".join(cell["source"])
-        if source.startswith("#| export"):
+        if source.startswith(("#| export", live.COURSE)):
             node = live.find(ast.parse(source), name)
             if node:
                 return textwrap.dedent("".join(source.splitlines(keepends=True)
@@ -176,7 +176,7 @@ def test_a_turn_is_graded_with_a_hint_for_each_usual_mistake(classroom, capsys, 
     assert f"{name}: not written yet" in said(source_of(number, stub))
     assert f"✓ {name}: yours passes" in said(solution)
     for *_, (old, new), hint in planted:
-        written = textwrap.indent(solution, "    ")
+        written = textwrap.indent(solution, "    " * name.count("."))  # as in the lesson
         assert written.count(old) == 1, f"{old!r} is not once in {name}"
         out = said(textwrap.dedent(written.replace(old, new)))
         assert "not yet: " in out and hint in out, out
@@ -185,4 +185,4 @@ def test_a_turn_is_graded_with_a_hint_for_each_usual_mistake(classroom, capsys, 
 
 def costly(number):
     table = importlib.import_module(f"mistakes.lesson_{number}")
-    return getattr(table, "SLOW", ())
+    return getattr(table, "COSTLY", getattr(table, "SLOW", ()))

@@ -12,3 +12,16 @@ MISTAKES = [
      "is max_tokens passed on", SLOW | {"k2", "k3"}),
     ("01", "c25", "c22", ("tokens.put(None)", "pass"), "does run() put None last?", SLOW),
 ]
+# In what a learner writes: (turn, cell of its stub, cell of its check, (old, new), hint).
+COSTLY = SLOW | {"k2", "k3"}
+TURNS = [
+    ("events", "y1a", "y1b", ('SamplingParams(body["max_tokens"])', "SamplingParams()"),
+     "is max_tokens passed on"),
+    ("events", "y1a", "y1b", ('yield "data: [DONE]\\n\\n"', "return"), "the last event is"),
+    ("events", "y1a", "y1b",
+     ('lesson.event({"choices": [{"text": tokenizer.decode([token])}]})',
+      "tokenizer.decode([token])"),
+     "let lesson.event write it"),
+    ("events", "y1a", "y1b", ("    async with in_turn:", "    if await in_turn.acquire():"),
+     "leave the lock"),
+]

@@ -30,3 +30,20 @@ MISTAKES = [
                           "for t in r.token_times))"),
      "count what the window holds", set()),
 ]
+# In what a learner writes: (turn, cell of its stub, cell of its check, (old, new), hint).
+TURNS = [
+    ("RequestRecord.itl", "y1a", "y1b",
+     ("for a, b in zip(self.token_times, self.token_times[1:])",
+      "for a, b in zip([self.start, *self.token_times], self.token_times)"), "is the TTFT"),
+    ("RequestRecord.itl", "y1a", "y1b", ("b - a", "a - b"), "have gaps of"),
+    ("RequestRecord.tpot", "y2a", "y2b", ("len(self.token_times)) - 1", "len(self.token_times))"),
+     "divide by the gaps"),
+    ("RequestRecord.tpot", "y2a", "y2b", ("(self.completion_tokens or len(self.token_times))",
+                                          "len(self.token_times)"), "N is completion_tokens"),
+    ("RequestRecord.tpot", "y2a", "y2b", (" if gaps > 0 else None", ""), "it raised ZeroDivision"),
+    ("percentile", "y3a", "y3b", ("math.ceil(q / 100 * len(values)) - 1",
+                                  "int(q / 100 * len(values))"), "of 1 to 100, p90 is 90"),
+    ("percentile", "y3a", "y3b", ("sorted(values)", "values"), "sort the values first"),
+    ("percentile", "y3a", "y3b", ("max(0, math.ceil(q / 100 * len(values)) - 1)",
+                                  "math.ceil(q / 100 * len(values)) - 1"), "p0 is the smallest"),
+]

@@ -2,11 +2,6 @@
 SLOW = {"f3", "f14", "f15", "w4", "w6", "w6b", "w7", "c24c", "g1", "c24e", "g3", "g4", "g6", "h2",
         "e11b", "e13b", "e12b", "h7"}
 MISTAKES = [
-    ("06", "f10", "c12", ('PromptTooLong, 400, "context_length_exceeded", None), '
-                          "(ValueError, 400, None, None),",
-                          "ValueError, 400, None, None), "
-                          '(PromptTooLong, 400, "context_length_exceeded", None),'),
-     "put the special class first", SLOW),
     ("06", "c24", "c20", (", exception_handlers=HANDLERS", ""),
      "give the app its exception_handlers", SLOW),
     ("06", "f15", "c15", ("        engine.abort(sequence)\n        app.state", "        app.state"),
@@ -16,4 +11,25 @@ MISTAKES = [
     ("06", "h5", "c19", ("protected.include_router(monitor.private)",
                          "router.include_router(monitor.private)"),
      "/metrics is open", SLOW),
+]
+# In what a learner writes: (turn, cell of its stub, cell of its check, (old, new), hint).
+TURNS = [
+    ("submit", "y1a", "y1b", ("for kind, status, code, headers in REFUSALS",
+                              "for kind, status, code, headers in REFUSALS[1:]"),
+     "take the first row that fits"),
+    ("submit", "y1a", "y1b", ("named, code, headers", "named, code"), "when to come back"),
+    ("submit", "y1a", "y1b", ("field if status == 400 else None", "field"), "only a 400 names"),
+    ("submit", "y1a", "y1b", ("(ValueError, QueueFull, EngineStopped)", "ValueError"),
+     "it raised QueueFull"),
+    ("stream", "y2a", "y2b", ("        if include_usage:\n            yield",
+                              "        yield"), "for those who ask"),
+    ("stream", "y2a", "y2b", ("        yield event(error.detail)\n", "        pass\n"),
+     "becomes an event"),
+    ("stream", "y2a", "y2b", ("    yield DONE\n", ""), "clients wait for DONE"),
+    ("attended", "y3a", "y3b", ("        engine.abort(sequence)\n", ""), "gives the slot back"),
+    ("attended", "y3a", "y3b", ("        deadline.cancel()\n", ""), "cancel the deadline"),
+    ("attended", "y3a", "y3b", ("    finally:\n", "    except ZeroDivisionError:\n        pass\n"
+                                "    else:\n"), "use try … finally"),
+    ("attended", "y3a", "y3b", ('engine.abort, sequence, "timeout"', "print"),
+     "its deadline passed"),
 ]
