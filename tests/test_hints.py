@@ -183,6 +183,20 @@ def test_a_turn_is_graded_with_a_hint_for_each_usual_mistake(classroom, capsys, 
         assert f"{name}: the course's version is in use" in out
 
 
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_no_stub_takes_the_name_of_something_else_in_its_lesson(path):
+    trees = []
+    for cell in cells(path, "code"):
+        source = "".join(cell["source"])
+        if not source.startswith(("#|", "!", "%")) and "\n    !" not in source:
+            trees.append((source, ast.parse(source)))
+    stubs = {name for source, tree in trees if live.unwritten(source)
+             for name in live.defined(tree.body)}
+    others = {name for source, tree in trees if not live.unwritten(source)
+              and not source.startswith(live.COURSE) for name in live.bound(source)}
+    assert stubs & others == set()
+
+
 def costly(number):
     table = importlib.import_module(f"mistakes.lesson_{number}")
     return getattr(table, "COSTLY", getattr(table, "SLOW", ()))
