@@ -59,6 +59,8 @@ def test_a_lesson_opens_with_its_goal_and_closes_with_a_check(path):
     for words in ("**Goal.**", "**You will measure**", "**Prerequisites**", "**Minutes**",
                   "**Exports**", "colab-badge.svg"):
         assert words in head, f"{path.name} does not open with {words}"
+    minutes = int(re.search(r"to learn: about (\d+) \(an estimate\)", head)[1])
+    assert abs(minutes - tool().learning_minutes(path)) <= 5
     assert "check_lesson(" in "".join(cells(path)[-1]["source"])
 
 

@@ -57,6 +57,26 @@ def named_in():
             ROOT / "pyproject.toml", ROOT / "cbserver" / "_modidx.py"]
 
 
+def learning_minutes(path):
+    """How long a lesson takes, roughly, to the next five minutes.
+
+    200 words and 10 lines of code a minute, the minutes of the turns, half of the exercises'. Not
+    counted is code that nobody has to read: the set-up, the checks, the folded versions of turns.
+    """
+    words = 0
+    lines = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            words += len(re.sub(r"<details>.*?</details>", "", source, flags=re.S).split())
+        elif not ("jupyter" in cell["metadata"] or re.search(r"def check_|REPOSITORY", source)):
+            lines += sum(bool(line.strip()) for line in source.splitlines())
+    text = path.read_text(encoding="utf-8")
+    turns = sum(map(int, re.findall(r"### Your turn .+?, (\d+) minutes\)", text)))
+    exercises = sum(map(int, re.findall(r"### Exercise .+?, (\d+) minutes\)", text)))
+    return 5 * round((words / 200 + lines / 10 + turns + exercises / 2) / 5)
+
+
 def execute(path, timeout=900, env=None):
     """Run a notebook in its own folder; returns it with outputs. Raises on an error."""
     import nbformat
