@@ -225,11 +225,12 @@ def draw_latencies(pair, result):
         draw_latency(axes, result, key)
         axes.set_title(title)
         low, high = ranges[key]
-        if wide:  # room on the right is for the labels
-            axes.set(xscale="log", xlim=(low / 1.5, high * max(high / low, 20) ** 0.85))
+        if wide:
+            axes.set(xscale="log", xlim=(low / 1.5, high * 1.5))
             plain_numbers(axes.xaxis)
         else:
-            axes.set_xlim(0, 1.75 * high)
+            axes.set_xlim(0, 1.1 * high)
+        label_latency(axes, result, key)
     whole.tick_params(labelleft=False)
 
 
@@ -250,12 +251,22 @@ def draw_latency(axes, result, key):
         axes.plot(p50, y, "o", color=color, ms=9, zorder=3)
         axes.plot(p90, y, "|", color=color, ms=12, mew=2, zorder=3)
         axes.plot(p99, y, "o", mec=color, mfc="white", mew=2, ms=8, zorder=3)
-        axes.annotate(f"{seconds(p50)} – {seconds(p99)} s", (p99, y), (9, 0), fontsize=9,
-                      textcoords="offset points", va="center")
     axes.set_yticks(range(len(arms)), [name for name, _ in arms])
     axes.set_ylim(len(arms) - 0.5, -0.7)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"seconds (● p50  | p90  ○ {tail_name(result)})", fontsize=9)
+
+
+def label_latency(axes, result, key):
+    """Write p50 and p99 above each arm, on that side of its dots where there is room."""
+    arms = [numbers[key] for _, numbers in arms_of(result) if numbers[key]["p50"] is not None]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    for y, numbers in enumerate(arms):
+        p50, p99 = numbers["p50"] / 1e3, numbers["p99"] / 1e3
+        right = to_axes.transform((p50, y))[0] > 0.5
+        axes.annotate(f"{seconds(p50)} – {seconds(p99)} s", (p99 if right else p50, y), (0, 9),
+                      fontsize=9, textcoords="offset points", ha="right" if right else "left",
+                      annotation_clip=False)
 
 
 def seconds(value):
