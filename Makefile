@@ -61,7 +61,7 @@ test-ray: $(VENV)/.ray  ## two replicas on Ray Serve (installs Ray)
 test-colab:  ## all notebooks with Colab's versions (needs Python 3.13; installs torch once more)
 	@if command -v $(COLAB_PYTHON) >/dev/null && $(COLAB_PYTHON) --version >/dev/null 2>&1; then \
 		$(MAKE) --no-print-directory $(VENV)-colab/.done && $(VENV)-colab/bin/python -m pytest -q \
-			tests/test_notebooks.py tests/test_live.py -k "not nbdev_makes and not as_nbdev"; \
+			tests/test_notebooks.py tests/test_live.py tests/test_turns.py -k "not nbdev_makes and not as_nbdev"; \
 	else echo "There is no $(COLAB_PYTHON) here, so the notebooks were not run with Colab's versions."; fi
 
 lines: $(VENV)/.course  ## how large each module is, and which are taught

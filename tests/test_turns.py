@@ -2,6 +2,7 @@
 import ast
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,6 @@ from conftest import ROOT
 SHELL = """
 import json, sys
 from IPython.core.interactiveshell import InteractiveShell
-sys.path.insert(0, "notebooks")
-sys.path.insert(0, ".")
 import lesson
 shell = InteractiveShell.instance()
 lesson.note_exports()
@@ -66,8 +65,9 @@ def play(course, edits, more=()):
             break
     script = course / "cells.json"
     script.write_text(json.dumps([*sources, *more, "lesson.export_module()"]), encoding="utf-8")
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(course / "notebooks"), str(course)])}
     done = subprocess.run([sys.executable, "-c", SHELL, script.name], cwd=course, text=True,
-                          capture_output=True, timeout=120)
+                          capture_output=True, timeout=120, env=here)
     assert done.returncode == 0, done.stdout + done.stderr
     return (course / "cbserver" / "sequence.py").read_text(encoding="utf-8"), done.stdout
 
