@@ -39,9 +39,10 @@ serve-ray: $(VENV)/.ray  ## REPLICAS=2 servers behind one port, on Ray Serve (in
 
 # In `make test`: style; the engines against generate() under random schedules; the server, the
 # API, text, refusals, a drain; every lesson from top to bottom on a tiny model, every exercise, one
-# planted mistake a lesson, lesson 4's turns; what Colab installs; that pages, numbers and modules are up to date.
-# In `make test-slow`: every type of model of transformers; every other turn and planted mistake, directive of
-# nbdev and card of the kernel; a fuzzer; the full chaos; the measurements from a terminal.
+# planted mistake a lesson, lesson 4's turns; what Colab installs; that pages, numbers and modules
+# are up to date.
+# In `make test-slow`: every type of model of transformers; every other turn and planted mistake,
+# directive of nbdev and card of the kernel; a fuzzer; the full chaos; measurements from a terminal.
 # `make test-all` is both, and the environments of others: clients, Ray, Colab.
 test: $(VENV)/.dev  ## the quick tests, all notebooks included (about 7 minutes on 2 cores)
 	$(PY) -m ruff check .

@@ -35,14 +35,16 @@ def numbers():
 def headline_text():
     """The arms on a CPU in a short table, and one line on the H100."""
     cpu = load("compare-cpu")
-    lines = ["| on 2 CPU cores, 50 users | tokens/s | first token, median | whole answer, median |",
+    h100 = load("compare-h100")
+    lines = ["| 50 users | tokens/s | first token, median | whole answer, median |",
              "|---|---:|---:|---:|"]
     for name, arm in report.arms_of(cpu):
         lines.append(f"| {name} | {arm['tokens_per_s']:.0f} | {arm['ttft_ms']['p50'] / 1000:.1f} s "
                      f"| {arm['e2e_ms']['p50'] / 1000:.1f} s |")
-    speeds = {name: arm["tokens_per_s"] for name, arm in report.arms_of(load("compare-h100"))}
+    speeds = {name: arm["tokens_per_s"] for name, arm in report.arms_of(h100)}
     best = speeds["continuous"]
-    lines += ["", f"On an H100: {best:,.0f} tokens/s, {best / speeds['one-slot']:.1f} times the "
+    lines += ["", f"{cpu['model']} on {cpu['hardware']}. And {h100['model']} on "
+              f"{h100['hardware']}: {best:,.0f} tokens/s, {best / speeds['one-slot']:.1f} times the "
               f"same engine with one slot, {best / speeds['sequential']:.0f} times `generate()`."]
     return "\n".join(lines)
 

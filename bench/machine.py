@@ -3,7 +3,6 @@
     python -m bench.offline --report
 """
 import asyncio
-import functools
 import warnings
 
 import torch
@@ -66,8 +65,7 @@ def check_engine(options, requests=8):
 
 async def count_equal(engine, asked, crowd):
     await engine.start()
-    answers = functools.partial(beside, engine, asked, crowd)
-    alone = await answers(0)
-    together = await answers(NEIGHBOURS)
+    alone = await beside(engine, asked, crowd, 0)
+    together = await beside(engine, asked, crowd, NEIGHBOURS)
     await engine.stop()
     return sum(a == b for a, b in zip(alone, together))

@@ -4,7 +4,6 @@
 """
 import argparse
 import contextlib
-import io
 import os
 import tempfile
 import threading
@@ -73,7 +72,7 @@ def film(engine, model, folder):
         for number in range(FRAMES):
             time.sleep(max(0, begin + number * FRAME_S - time.monotonic()))
             page.picture(path)
-            picture = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+            picture = Image.open(path).convert("RGB")
             taken.append(picture.crop(BATCH).resize(HALF, Image.Resampling.LANCZOS))
         late = time.monotonic() - begin - (FRAMES - 1) * FRAME_S
         print(f"{engine}: {FRAMES} frames, the last {late:.1f} s late", flush=True)

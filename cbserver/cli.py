@@ -16,7 +16,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(
         "cbserver", description="Serve a language model to many people at once.")
     add = parser.add_argument
-    add("--engine", choices=ENGINES, default="continuous", help="how requests are scheduled (continuous)")
+    add("--engine", choices=ENGINES, default="continuous",
+        help="how requests are scheduled (continuous)")
     add("--model", help="a Hub id, a folder, smollm2, random:tiny or random:llama-3.2-1b")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
@@ -24,15 +25,21 @@ def parse(argv=None):
     add("--max-len", type=int, help="tokens of prompt and answer together (2048)")
     add("--max-waiting", type=int, default=256, help="requests that may wait before 429 (256)")
     add("--prefill-budget", type=int, help="prompt tokens read in a step (2048 on a GPU, else 512)")
-    add("--dtype", choices=DTYPES, help="number format of the weights (float32 on a CPU, else half precision)")
-    add("--fast", action=argparse.BooleanOptionalAction, help="the fast step of the appendix (default: on a GPU)")
+    add("--dtype", choices=DTYPES,
+        help="number format of the weights (float32 on a CPU, else half precision)")
+    add("--fast", action=argparse.BooleanOptionalAction,
+        help="the fast step of the appendix (default: on a GPU)")
     add("--invariant", action=argparse.BooleanOptionalAction,
         help="with --fast: the same answer at any load (default: for up to 64 at once)")
-    add("--request-timeout", type=float, default=600, help="seconds until a request is given up (600)")
-    add("--drain-timeout", type=float, default=30, help="seconds that answers have to finish after SIGTERM (30)")
+    add("--request-timeout", type=float, default=600,
+        help="seconds until a request is given up (600)")
+    add("--drain-timeout", type=float, default=30,
+        help="seconds that answers have to finish after SIGTERM (30)")
     add("--max-body", type=int, default=2**20, help="largest body of a request, in bytes (1048576)")
-    add("--cors", action="append", help="a website whose scripts may call this server (default: none)")
-    add("--api-key", default=os.environ.get("CBSERVER_API_KEY"), help="the key that clients must send (CBSERVER_API_KEY)")
+    add("--cors", action="append",
+        help="a website whose scripts may call this server (default: none)")
+    add("--api-key", default=os.environ.get("CBSERVER_API_KEY"),
+        help="the key that clients must send (CBSERVER_API_KEY)")
     add("--tunnel", action="store_true", help="open an ngrok tunnel; a key is then always required")
     args = parser.parse_args(argv)
     for name in ("max_batch", "max_len", "max_waiting", "prefill_budget", "request_timeout",

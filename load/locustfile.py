@@ -18,7 +18,7 @@ from locust.runners import MasterRunner, WorkerRunner
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the `locust` script lacks it
 
 from cbserver.metrics import RequestRecord  # noqa: E402
-from load.process import first_model  # noqa: E402
+from load.process import SKIP_WARNING, first_model  # noqa: E402
 from load.workload import NAMES, arrivals, stream  # noqa: E402
 
 # Locust rounds to two digits to keep its histogram small; whole milliseconds are small enough here.
@@ -105,10 +105,8 @@ class Load:
         host = environment.host or CompletionUser.host
         key = self.options.api_key
         self.model = self.options.model or first_model(host, key)
-        self.headers = {
-            "Accept-Encoding": "identity",  # compression would hold tokens back
-            "ngrok-skip-browser-warning": "1",  # through a free tunnel: no page before the answer
-        }
+        # Compression would hold tokens back.
+        self.headers = SKIP_WARNING | {"Accept-Encoding": "identity"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         # Unbuffered, to append: a line is one write, and writes of several processes never mix.

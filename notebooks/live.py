@@ -149,7 +149,7 @@ class Turns:
         if name not in self.tried:
             self.tried.append(name)
         self.passed.pop(name, None)
-        written = textwrap.dedent(inspect.getsource(function))
+        written = source_of(function)
         if unwritten(written):
             print(f"{name}: not written yet, so the course's version is in use")
             return
@@ -220,6 +220,14 @@ def replace(source, name, written):
     mine = textwrap.indent(written.strip("\n"), " " * course.col_offset) + "\n"
     new = "".join([*lines[:course.lineno - 1], mine, *lines[course.end_lineno:]])
     return new if source.endswith("\n") else new.rstrip("\n")
+
+
+def source_of(function):
+    """A function's source from its `def` on: decorators are the course's, and stay."""
+    function = inspect.unwrap(getattr(function, "fget", function))  # a property's own function
+    source = textwrap.dedent(inspect.getsource(function))
+    first = ast.parse(source).body[0].lineno
+    return "".join(source.splitlines(keepends=True)[first - 1:])
 
 
 def unwritten(source):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -163,3 +164,13 @@ def qwen3(tiny):
             weight.data.normal_(0, 0.3 if "embed" in name else 2 / weight.shape[1] ** 0.5)
     model.generation_config.eos_token_id = None
     return model.to(tiny[0].device)
+
+
+@pytest.fixture
+def course(tmp_path):
+    """A copy of the course that a test may write to."""
+    for name in ("notebooks", "cbserver", "load", "bench"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path

@@ -15,8 +15,15 @@ from cbserver.http.schema import ELSEWHERE
 from cbserver.http.text import chat_tokens
 from cbserver.model.random_llama import byte_tokenizer
 from cbserver.model.sampling import SamplingParams
+from cbserver.process import DrainingServer
 from cbserver.scheduler import ContinuousEngine
+from cbserver.server import create_app
 from load.process import ServerProcess, proxy_of, python_module
+
+
+def test_an_idle_connection_is_kept_for_longer_than_clients_keep_it(tiny):
+    server = DrainingServer(create_app(ContinuousEngine(*tiny, max_len=64)), "127.0.0.1", 0)
+    assert server.config.timeout_keep_alive > httpx.Limits().keepalive_expiry
 
 
 @pytest.fixture(scope="module")

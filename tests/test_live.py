@@ -1,29 +1,18 @@
 """A learner's live edits: what the hook notes and writes is what nbdev would, or it is refused."""
 import json
 import os
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import live
 import pytest
-from conftest import ROOT
 from test_export import LESSONS, cells
 
 
 def ran(source, success=True, cell_id=None):
     """What IPython hands to a post_run_cell hook; only some front ends send the cell's id."""
     return SimpleNamespace(info=SimpleNamespace(raw_cell=source, cell_id=cell_id), success=success)
-
-
-@pytest.fixture
-def course(tmp_path):
-    for name in ("notebooks", "cbserver", "load", "bench"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    return tmp_path
 
 
 def lesson(course, number):

@@ -3,7 +3,6 @@ import ast
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -43,15 +42,6 @@ def written(name, text=None):
     own = [line.removeprefix(" " * node.col_offset) for line in lines]
     own.insert(-1, own[-1][:len(own[-1]) - len(own[-1].lstrip())] + "# mine\n")
     return "".join(own)
-
-
-@pytest.fixture
-def course(tmp_path):
-    for name in ("notebooks", "cbserver", "load", "bench"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    return tmp_path
 
 
 def play(course, edits, more=()):
@@ -114,6 +104,11 @@ def test_the_module_is_what_nbdev_makes_of_the_notebook_with_the_learners_lines_
     export = f"from nbdev.export import nb_export; nb_export({str(path)!r}, lib_path='cbserver')"
     subprocess.run([sys.executable, "-c", export], cwd=course, check=True)
     assert module == (course / "cbserver" / "sequence.py").read_text(encoding="utf-8")
+
+
+def test_a_learner_may_write_the_decorators_too(course):
+    edits = {"t1a": "import functools\n\n\n@functools.cache\n" + written("Sequence.append")}
+    assert play(course, edits)[0] == module_with(["Sequence.append"])
 
 
 def test_a_wrong_turn_is_not_used_and_the_others_are(course):

@@ -1,9 +1,6 @@
 """A public address for a local port, through ngrok."""
 import os
 
-# ngrok's free plan shows browsers a page of its own first; this header passes it by.
-SKIP_WARNING = {"ngrok-skip-browser-warning": "1"}
-
 
 def ngrok_token():
     """The ngrok token from NGROK_AUTHTOKEN or Colab's secrets, or None."""
