@@ -43,9 +43,10 @@ def headline_text():
                      f"| {arm['e2e_ms']['p50'] / 1000:.1f} s |")
     speeds = {name: arm["tokens_per_s"] for name, arm in report.arms_of(h100)}
     best = speeds["continuous"]
-    lines += ["", f"{cpu['model']} on {cpu['hardware']}. And {h100['model']} on "
-              f"{h100['hardware']}: {best:,.0f} tokens/s, {best / speeds['one-slot']:.1f} times the "
-              f"same engine with one slot, {best / speeds['sequential']:.0f} times `generate()`."]
+    on_h100 = f"{h100['model']} on {h100['hardware']}"
+    lines += ["", f"{cpu['model']} on {cpu['hardware']}. And {on_h100}: {best:,.0f} tokens/s, "
+              f"{best / speeds['one-slot']:.1f} times the same engine with one slot, "
+              f"{best / speeds['sequential']:.0f} times `generate()`."]
     return "\n".join(lines)
 
 
