@@ -76,6 +76,8 @@ class TimeLeft:
         if done < 5:
             return ""
         seconds = (self.clock() - self.begin) / finished * (self.total - finished)
+        if seconds < 1:
+            return ""
         if seconds < 60:
             return f", about {max(10, round(seconds, -1)):.0f} s left"
         return f", about {seconds / 60:.0f} min left"

@@ -483,6 +483,7 @@ def test_the_time_left_follows_the_pace():
     left.start("continuous")
     now[0] = 145.0
     assert left.words(32, 64) == ", about 10 s left"
+    assert left.words(64, 64) == "", "all is done"
 
 
 def test_what_lies_on_disk_takes_no_time():
