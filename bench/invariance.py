@@ -95,7 +95,7 @@ async def measure_engine(engine, requests, crowd, repeats):
 def measure(options):
     """Both ways to shape a pass, in both half precisions: the result, written and printed."""
     rows = []
-    for dtype in ("bfloat16", "float16"):
+    for dtype in options.dtypes:
         model, tokenizer = load_model(options.model, dtype=getattr(torch, dtype))
         vocab = vocabulary(options.model)
         requests = probes(vocab, options.requests)
@@ -137,6 +137,8 @@ def parse(arguments=None):
     add = parser.add_argument
     add("--model", default="random:llama-3.2-1b", help="as for cbserver (random:llama-3.2-1b)")
     add("--requests", type=int, default=24, help="whose answers are compared (24)")
+    add("--dtypes", nargs="+", choices=("bfloat16", "float16"), default=["bfloat16", "float16"],
+        help="kinds of half precision to try (both)")
     add("--repeats", type=int, default=3, help="of each speed (3)")
     add("--seed", type=int, default=0, help="of the others (0)")
     add("--out", type=Path, default=Path("figures/latest/invariance.json"), help="the result")

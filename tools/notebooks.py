@@ -68,13 +68,19 @@ def learning_minutes(path):
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            words += len(re.sub(r"<details>.*?</details>", "", source, flags=re.S).split())
-        elif not ("jupyter" in cell["metadata"] or re.search(r"def check_|REPOSITORY", source)):
+            help_only = r"<details><summary>(?!Answer).*?</details>"
+            words += len(re.sub(help_only, "", source, flags=re.S).split())
+        elif not (folded(cell) or re.search(r"def check_|REPOSITORY", source)):
             lines += sum(bool(line.strip()) for line in source.splitlines())
     text = path.read_text(encoding="utf-8")
     turns = sum(map(int, re.findall(r"### Your turn .+?, (\d+) minutes\)", text)))
     exercises = sum(map(int, re.findall(r"### Exercise .+?, (\d+) minutes\)", text)))
     return 5 * round((words / 200 + lines / 10 + turns + exercises / 2) / 5)
+
+
+def folded(cell):
+    """Whether a cell's source is hidden until somebody opens it."""
+    return cell["metadata"].get("jupyter", {}).get("source_hidden", False)
 
 
 def execute(path, timeout=900, env=None):
