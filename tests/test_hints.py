@@ -202,3 +202,16 @@ def test_no_stub_takes_the_name_of_something_else_in_its_lesson(path):
 def costly(number):
     table = importlib.import_module(f"mistakes.lesson_{number}")
     return getattr(table, "COSTLY", getattr(table, "SLOW", ()))
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_the_answer_to_a_prediction_is_folded(path):
+    every = cells(path)
+    for place, cell in enumerate(every):
+        asked = cell["cell_type"] == "markdown" and "**Predict**" in "".join(cell["source"])
+        if not asked or cell["id"] in ("c00", "s3"):  # how to use it; answered by lesson 4's turns
+            continue
+        following = every[place + 1:]
+        answer = next(i for i, c in enumerate(following) if c["cell_type"] == "markdown")
+        assert "".join(following[answer]["source"]).startswith("<details><summary>Answer")
+        assert all(c["metadata"]["jupyter"]["outputs_hidden"] for c in following[:answer])
