@@ -36,7 +36,7 @@ TURNS = [
     ("SlotCache.select", "y1a", "y1b", ("min(span, self.max_len)", "span"),
      "no more than self.max_len"),
     ("SlotCache.store", "y2a", "y2b", ("self.rows", "torch.arange(2)[:, None]"),
-     "belong into its own slot"),
+     "belong in its own slot"),
     ("SlotCache.store", "y2a", "y2b", ("self.values[places] = values.transpose",
                                        "self.values[places] = keys.transpose"),
      "values lie where the keys do"),
