@@ -150,6 +150,16 @@ def http_text():
     return "\n\n".join(paragraphs)
 
 
+def imitation_text():
+    """The lessons on an imitation of a T4."""
+    result = load("lessons-t4-imitation")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = ["| lesson | seconds | GiB of GPU memory, at most |", "|---|---:|---:|"]
+    lines += [f"| {row['lesson']} | {row['seconds']} | {row['peak_gib']} |"
+              for row in result["lessons"]]
+    return "\n".join([*lines, "", f"{result['model']}, {versions}, {result['date']}."])
+
+
 def soak_text():
     """How a long load went."""
     picture = "![Memory and latency over time](figures/soak-cpu.png)"
@@ -318,7 +328,7 @@ def filled(page, name, text):
 PAGES = {
     "README.md": {"headline": headline_text, "engine": engine_text},
     "docs/benchmarks.md": {"numbers": numbers, "ladder": ladder_text, "http": http_text,
-                           "invariance": invariance_text},
+                           "invariance": invariance_text, "imitation": imitation_text},
     "docs/load-testing.md": {"guidellm": guidellm_text},
     "docs/operating.md": {"soak": soak_text, "models": models_text},
     "docs/live-page.md": {"feed": feed_text},
