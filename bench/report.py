@@ -219,7 +219,7 @@ def draw_latencies(pair, result):
     """TTFT on the first axes and E2E on the second, arms from top to bottom."""
     first_token, whole = pair
     ranges = {key: latency_range(result, key) for key in ("ttft_ms", "e2e_ms")}
-    wide = any(high > 20 * low for low, high in ranges.values())  # one kind of axis for both
+    wide = any(high > 60 * low for low, high in ranges.values())  # one kind of axis for both
     for axes, key, title in ((first_token, "ttft_ms", "Time to first token"),
                              (whole, "e2e_ms", "End-to-end latency")):
         draw_latency(axes, result, key)
@@ -286,11 +286,13 @@ def draw_utilization(axes, name, usage):
     what = "GPU, % of the time" if usage["kind"] == "gpu" else "server, % of all cores"
     axes.fill_between(x, y, color=COLORS[name], alpha=0.35, lw=0)
     axes.plot(x, y, color=COLORS[name], lw=1.2, label=what)
+    top = 105
     for whose, line in (("server", ":"), ("client", "--")):
         if usage.get(whose):
+            top = max(top, *(1.05 * percent for _, percent in usage[whose]))
             axes.plot(*zip(*usage[whose]), line, color="#333333", lw=1.2,
                       label=f"{whose}, % of a core")
-    axes.set(ylim=(0, 105), yticks=[0, 50, 100], ylabel="%")
+    axes.set(ylim=(0, top), yticks=[0, 50, 100], ylabel="%")
     mean = "" if usage["mean"] is None else f": {usage['mean']:.0f} % on average"
     axes.set_title(f"{name}{mean}", fontsize=11)
     axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
