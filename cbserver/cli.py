@@ -38,6 +38,8 @@ def parse(argv=None):
     add("--max-body", type=int, default=2**20, help="largest body of a request, in bytes (1048576)")
     add("--cors", action="append",
         help="a website whose scripts may call this server (default: none)")
+    add("--http-processes", type=int, default=0,
+        help="processes for HTTP, for tens of thousands of tokens/s (default: none of its own)")
     add("--api-key", default=os.environ.get("CBSERVER_API_KEY"),
         help="the key that clients must send (CBSERVER_API_KEY)")
     add("--tunnel", action="store_true", help="open an ngrok tunnel; a key is then always required")
@@ -49,6 +51,10 @@ def parse(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     if not 0 < args.port < 65536:
         parser.error("--port must be 1 to 65535")
+    if args.http_processes < 0:
+        parser.error("--http-processes must be 0 or more")
+    if args.http_processes and not hasattr(socket, "SO_REUSEPORT"):
+        parser.error("--http-processes needs Linux or macOS")
     return args
 
 
@@ -72,6 +78,10 @@ def main(argv=None, engine_class=None):
     from .model.load import ModelUnavailable
     from .server import create_app
 
+    if args.http_processes:
+        from .http.processes import HttpProcesses, preload
+
+        preload()
     failures = process.prepare()
     try:
         engine = process.load_engine(args, engine_class)
@@ -83,10 +93,17 @@ def main(argv=None, engine_class=None):
           "the API is documented at /docs", flush=True)
     shown = f"#key={made_key}" if made_key else ""  # a key of yours is not printed
     print(f"Watch the batch: {url}/{shown}", flush=True)
-    app = create_app(engine, name, args.api_key or made_key, args.request_timeout, args.max_body,
-                     args.cors)
+    options = {"model_name": name, "api_key": args.api_key or made_key, "cors": args.cors,
+               "timeout": args.request_timeout, "max_body": args.max_body}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    process.DrainingServer(app, args.host, args.port, args.drain_timeout).run()
+    if args.http_processes:
+        servers = HttpProcesses(engine, args.http_processes, args.host, args.port,
+                                args.drain_timeout, **options)
+        if not servers.run():
+            sys.exit("A process for HTTP has failed; see above. The server has ended.")
+    else:
+        app = create_app(engine, **options)
+        process.DrainingServer(app, args.host, args.port, args.drain_timeout).run()
     if failures:
         sys.exit("The engine failed; see above. The server has ended.")
 

@@ -15,6 +15,7 @@ import uvicorn
 
 from .batch import BatchRunner, StaticEngine
 from .fast import FastStep
+from .http.doors import with_direct_send
 from .model.load import fit_slots, load_model
 from .model.trial import check_served
 from .scheduler import ContinuousEngine
@@ -116,9 +117,9 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app, host, port, drain_timeout=30):
-        super().__init__(uvicorn.Config(app, host=host, port=port, log_level="warning",
-                                        timeout_graceful_shutdown=5, loop=event_loop(),
-                                        timeout_keep_alive=KEEP_ALIVE))
+        super().__init__(uvicorn.Config(with_direct_send(app), host=host, port=port,
+                                        log_level="warning", timeout_graceful_shutdown=5,
+                                        loop=event_loop(), timeout_keep_alive=KEEP_ALIVE))
         self.engine = app.state.engine
         self.drain_timeout = drain_timeout
         self.deadline = math.inf

@@ -20,6 +20,18 @@ def guard(app, max_body, timeout, cors=()):
                            allow_headers=["*"])
 
 
+def with_direct_send(app):
+    """ASGI: an app that also finds the server's own `send` in its scope, as "direct_send".
+
+    Each middleware wraps `send` once more, and a stream calls it for every token.
+    """
+    async def outermost(scope, receive, send):
+        scope["direct_send"] = send
+        await app(scope, receive, send)
+
+    return outermost
+
+
 class BodyLimit:
     """ASGI middleware: a body of more than `limit` bytes is refused before all of it is read.
 

@@ -3,9 +3,9 @@ import asyncio
 import json
 import time
 import uuid
-from contextlib import suppress
+from json.encoder import encode_basestring_ascii
 
-from fastapi.responses import StreamingResponse
+from fastapi import Request, Response
 
 DONE = "data: [DONE]\n\n"
 
@@ -68,24 +68,48 @@ class ChunkTemplate:
         self.before, self.after = chunk.split('"TEXT"')
 
     def fill(self, text):
-        return self.before + json.dumps(text) + self.after
+        return self.before + encode_basestring_ascii(text) + self.after
 
 
-class EventStream(StreamingResponse):
+class EventStream(Response):
     """Server-sent events, inside of `attended` even if the client leaves before the first.
 
     limit: seconds; a client that never reads is given up then, whatever is left to send. None:
     never.
     """
 
+    media_type = "text/event-stream"
+
     def __init__(self, events, headers, attended, limit):
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.status_code = 200
+        self.background = None
+        self.init_headers(headers)
+        self.events = events
         self.attended = attended
         self.limit = limit
 
     async def __call__(self, scope, receive, send):
-        with self.attended, suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(super().__call__(scope, receive, send), self.limit)
+        with self.attended:
+            sending = asyncio.create_task(self.send_all(scope.get("direct_send", send), send))
+            leaving = asyncio.create_task(until_disconnect(Request(scope, receive)))
+            try:
+                await asyncio.wait([sending, leaving], timeout=self.limit,
+                                   return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                leaving.cancel()
+                sending.cancel()  # harmless if it is done
+                await asyncio.wait([sending])
+            if not sending.cancelled():
+                sending.result()
+
+    async def send_all(self, direct_send, send):
+        """The start goes through all middleware, each event past it."""
+        await send({"type": "http.response.start", "status": self.status_code,
+                    "headers": self.raw_headers})
+        async for text in self.events:
+            await direct_send({"type": "http.response.body", "body": text.encode(),
+                               "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def until_disconnect(request):
