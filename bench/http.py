@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from bench.arms import cpu_seconds, run_child
-from bench.results import DATA, command_line, first_gpu, hardware, versions, write_json
+from bench.results import DATA, command_line, first_gpu, hardware, order, versions, write_json
 from load import client
 from load.process import ServerProcess, python_module
 from load.workload import TokenRequest, token_workload, vocabulary
@@ -143,32 +143,43 @@ def load(url, requests, users):
             "ttft": [outcome.ttft for outcome in outcomes]}
 
 
-def run_server(options, streams, profile=None):
-    """One fresh server under `streams` users: its numbers."""
+def run_server(options, levels, profile=None):
+    """One fresh server under so many users, one number of them after the other: yields numbers."""
     step_ms = 0 if options.model else options.step_ms
-    slots = options.slots or streams
+    slots = options.slots or max(levels)
     arguments = ["serve", step_ms, profile or "-", "--model", options.model or "random:tiny",
                  "--max-batch", slots, "--max-len", options.max_len,
                  "--max-waiting", 2 * options.requests, *options.server_args.split()]
-    requests = requests_of(options)
     with tempfile.TemporaryDirectory() as folder, ServerProcess(
             python_module("bench.http", *arguments), f"{folder}/log",
             say=lambda line: None) as server, ProcessPoolExecutor(
             options.clients, get_context("spawn")) as pool:
-        shares = [requests[i::options.clients] for i in range(options.clients)]
-        users = [streams // options.clients] * options.clients
-        warm = [TokenRequest(r.prompt_tokens, 4) for r in requests[:4]]
-        list(pool.map(load, [server.url] * options.clients, [warm] * options.clients, users))
         process = psutil.Process(server.process.pid)
-        family = [process, *process.children(recursive=True)]
-        before = [cpu_seconds(one) for one in family]
-        found = list(pool.map(load, [server.url] * options.clients, shares, users))
-        used = [cpu_seconds(one) - cpu for one, cpu in zip(family, before)]
+        warm = [TokenRequest(r.prompt_tokens, 4) for r in requests_of(options, 4)]
+        load_all(pool, server.url, [warm] * options.clients, options.clients)
+        for streams in levels:
+            requests = requests_of(options, most(options, streams))
+            shares = [requests[i::options.clients] for i in range(options.clients)]
+            family = [process, *process.children(recursive=True)]
+            before = [cpu_seconds(one) for one in family]
+            found = load_all(pool, server.url, shares, streams)
+            used = [cpu_seconds(one) - cpu for one, cpu in zip(family, before)]
+            yield numbers(streams, found, [cpu for cpu in used if cpu])
+
+
+def load_all(pool, url, shares, streams):
+    """All client processes at once."""
+    count = len(shares)
+    return list(pool.map(load, [url] * count, shares, [streams // count] * count))
+
+
+def numbers(streams, found, used):
+    """What the clients found, and the CPU seconds of the server's processes, in one row."""
     seconds = max(f["end"] for f in found) - min(f["begin"] for f in found)
     tokens = sum(f["tokens"] for f in found)
     events = sum(f["events"] for f in found)
     ttft = sorted(seconds for f in found for seconds in f["ttft"])
-    return {"streams": streams, "tokens_per_s": round(tokens / seconds, 1),
+    return {"streams": streams, "requests": len(ttft), "tokens_per_s": round(tokens / seconds, 1),
             "events_per_s": round(events / seconds, 1),
             "tokens_per_event": round(tokens / events, 3),
             "cpu_us_per_token": round(1e6 * sum(used) / tokens, 2),
@@ -178,27 +189,41 @@ def run_server(options, streams, profile=None):
             "client_cpu_percent": [round(100 * f["cpu_s"] / seconds, 1) for f in found]}
 
 
-def requests_of(options):
+def most(options, streams):
+    """How many requests: few users need fewer."""
+    return min(options.requests, 16 * streams)
+
+
+def requests_of(options, count):
     """The same seeded requests for all."""
     if not options.model:
-        return [TokenRequest([5 + i % 200] * 16, options.tokens) for i in range(options.requests)]
-    return token_workload("uniform", options.requests, 0, options.longest,
-                          vocabulary(options.model))
+        return [TokenRequest([5 + i % 200] * 16, options.tokens) for i in range(count)]
+    return token_workload("uniform", count, 0, options.longest, vocabulary(options.model))
 
 
-def run_alone(options, streams):
-    """The engine of the same size without HTTP, all requests submitted at once."""
+def run_alone(options, levels):
+    """The engine with as many slots, without HTTP, all requests submitted at once."""
+    for streams in levels:
+        yield alone(options, streams)
+
+
+def alone(options, streams):
     case = {"arm": "continuous+graphs+fused+kernel" if options.gpu else "continuous",
             "model": options.model, "dtype": None, "workload": "uniform", "seed": 0,
             "longest": options.longest, "short": None, "vocab": vocabulary(options.model),
             "prefill_budget": 2048 if options.gpu else 512, "max_len": options.max_len,
-            "slots": streams, "requests": min(options.requests, 16 * streams)}
+            "slots": streams, "requests": most(options, streams)}
     run = run_child(case)
     return {"streams": streams, "tokens_per_s": run["tokens_per_s"]}
 
 
-def run_floor(options, streams):
+def run_floor(options, levels):
     """CPU time an event where nothing is left but to write it."""
+    for streams in levels:
+        yield floor(options, streams)
+
+
+def floor(options, streams):
     from load.process import free_port, spawn, stop
 
     port = free_port()
@@ -279,16 +304,15 @@ def main(argv):
     chosen = options.arms.split(",")
     names = {arm: options.name if arm == "server" else arm for arm in chosen}
     result["rows"] = [row for row in result["rows"] if row["name"] not in names.values()]
-    for repeat in range(options.repeats):
-        for streams in map(int, options.streams.split(",")):
-            for arm in chosen if repeat % 2 == 0 else chosen[::-1]:
-                row = arms[arm](options, streams)
-                result["rows"].append({"name": names[arm], "repeat": repeat} | row)
-                print(json.dumps(result["rows"][-1]), flush=True)
+    levels = [int(users) for users in options.streams.split(",")]
+    for repeat, arm in order(chosen, options.repeats):
+        for row in arms[arm](options, levels):
+            result["rows"].append({"name": names[arm], "repeat": repeat} | row)
+            print(json.dumps(result["rows"][-1]), flush=True)
     if options.profile:
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/profile.json"
-            run_server(options, int(options.streams.split(",")[0]), path)
+            list(run_server(options, levels[:1], path))
             result["profiles"][options.name] = shares(json.loads(Path(path).read_text()))
         print(json.dumps(result["profiles"][options.name]))
     result |= {"hardware": hardware(), "model": options.model or "none: a step sleeps",
