@@ -119,7 +119,8 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, app, host, port, drain_timeout=30):
         super().__init__(uvicorn.Config(with_direct_send(app), host=host, port=port,
                                         log_level="warning", timeout_graceful_shutdown=5,
-                                        loop=event_loop(), timeout_keep_alive=KEEP_ALIVE))
+                                        loop=event_loop(), timeout_keep_alive=KEEP_ALIVE,
+                                        ws="none"))
         self.engine = app.state.engine
         self.drain_timeout = drain_timeout
         self.deadline = math.inf

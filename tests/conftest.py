@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,45 @@ def serving(engine, **options):
         yield server.url
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def serving_in_processes(engine, **options):
+    """The same with HTTP in two processes of its own, and the engine here."""
+    from cbserver.http.processes import HttpProcesses
+
+    servers = HttpProcesses(engine, 2, **options)
+    servers.start()
+    try:
+        yield servers.url
+    finally:
+        servers.stop()
+
+
+@pytest.fixture(params=[serving, serving_in_processes], ids=["a thread", "processes"])
+def served(request):
+    """Both ways of serving; each is a `serving`."""
+    if request.param is serving_in_processes and sys.platform == "win32":
+        pytest.skip("HTTP in processes of its own needs Linux or macOS")
+    return request.param
+
+
+def until(condition, seconds=30):
+    """Wait until it is true; fails if it never is."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it never came true"
+        time.sleep(0.01)
+
+
+def metrics_say(url, *lines):
+    """Wait until /metrics has all of these lines: a process for HTTP may be a moment late."""
+    import httpx
+
+    def missing():
+        return set(lines) - set(httpx.get(f"{url}/metrics").text.splitlines())
+
+    until(lambda: not missing())
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import weakref
 
 import httpx
 import pytest
-from conftest import added_text, held, prompt, serving
+from conftest import added_text, held, metrics_say, prompt
 
 from cbserver.scheduler import ContinuousEngine
 
@@ -59,7 +59,7 @@ def values(text):
 
 
 @pytest.mark.slow
-def test_chaos_leaves_nothing_behind_and_every_total_exact(tiny, reference):
+def test_chaos_leaves_nothing_behind_and_every_total_exact(tiny, reference, served):
     engine = ContinuousEngine(*tiny, max_batch=8, max_waiting=60, max_len=128)
     submit, accepted = engine.submit, []
 
@@ -68,7 +68,7 @@ def test_chaos_leaves_nothing_behind_and_every_total_exact(tiny, reference):
         return sequence
 
     engine.submit = remember
-    with held(engine) as go_on, serving(engine) as url:
+    with held(engine) as go_on, served(engine) as url:
         port = int(url.rsplit(":")[-1])
 
         async def main(seed):
@@ -95,6 +95,7 @@ def test_chaos_leaves_nothing_behind_and_every_total_exact(tiny, reference):
                 assert text == added_text(tiny[1], request["prompt"], want)
                 assert usage["completion_tokens"] == request["max_tokens"]
         assert httpx.get(f"{url}/health").status_code == 200
+        metrics_say(url, f"e2e_request_latency_seconds_count {float(len(accepted))}")
         metrics = values(httpx.get(f"{url}/metrics").text)
     assert not engine.running and not engine.waiting, "all slots are free"
     assert metrics["num_requests_running"] == metrics["num_requests_waiting"] == 0

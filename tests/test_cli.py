@@ -87,10 +87,11 @@ def test_absurd_arguments_are_refused(args):
     assert done.returncode == 2 and args[0] in done.stderr
 
 
-def test_the_server_serves_and_ends_on_sigterm_though_somebody_watches():
+@pytest.mark.parametrize("flags", [[], ["--http-processes", "2"]])
+def test_the_server_serves_and_ends_on_sigterm_though_somebody_watches(flags):
     port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "cbserver", "--model", "random:tiny",
-                                "--port", str(port)], cwd=ROOT)
+                                "--port", str(port), *flags], cwd=ROOT)
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
         while time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import time
 
 import httpx
 import pytest
-from conftest import by_hand, held, prompt, serving
+from conftest import by_hand, held, prompt, serving, until
 
 from bench import browser
 from cbserver.batch import StaticEngine
@@ -23,13 +23,6 @@ def first_event(url, **headers):
     with httpx.stream("GET", f"{url}/events", headers=headers, timeout=30) as response:
         response.raise_for_status()
         return json.loads(next(response.iter_lines()).removeprefix("data: "))
-
-
-def until(condition, seconds=30):
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it never came true"
-        time.sleep(0.01)
 
 
 def snapshots(engine, wanted):

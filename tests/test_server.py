@@ -5,7 +5,7 @@ import threading
 
 import httpx
 import pytest
-from conftest import added_text, by_asgi, by_hand, held, prompt, serving
+from conftest import added_text, by_asgi, by_hand, held, metrics_say, prompt, serving
 
 from cbserver.batch import StaticEngine
 from cbserver.http.text import Detokenizer
@@ -35,7 +35,8 @@ def events(text):
 
 
 @pytest.mark.parametrize("engine_class", [SequentialEngine, StaticEngine, ContinuousEngine])
-def test_50_concurrent_clients_each_get_exactly_their_own_tokens(engine_class, tiny, reference):
+def test_50_concurrent_clients_each_get_exactly_their_own_tokens(engine_class, served, tiny,
+                                                                  reference):
     _, tokenizer = tiny
 
     async def client(session, i):
@@ -63,7 +64,7 @@ def test_50_concurrent_clients_each_get_exactly_their_own_tokens(engine_class, t
         assert f"generation_tokens_total {float(total)}" in metrics
         assert "num_requests_running 0.0" in metrics and "num_requests_waiting 0.0" in metrics
 
-    with serving(engine_class(*tiny)) as url:
+    with served(engine_class(*tiny)) as url:
         asyncio.run(main(url))
 
 
@@ -171,8 +172,8 @@ def test_content_that_is_not_text_is_refused_not_dropped(url):
     assert response.status_code == 400 and "should be 'text'" in response.json()["error"]["message"]
 
 
-def test_a_key_is_required_where_there_is_one(tiny):
-    with serving(ContinuousEngine(*tiny), api_key="sesame") as url:
+def test_a_key_is_required_where_there_is_one(tiny, served):
+    with served(ContinuousEngine(*tiny), api_key="sesame") as url:
         assert post(url).status_code == 401
         assert httpx.get(f"{url}/v1/models").status_code == 401
         assert httpx.get(f"{url}/health").status_code == 200
@@ -183,10 +184,10 @@ def test_a_key_is_required_where_there_is_one(tiny):
             assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
 
 
-def test_a_full_queue_is_a_429_with_retry_after(tiny):
+def test_a_full_queue_is_a_429_with_retry_after(tiny, served):
     engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=1)
     # Nobody is admitted before the queue is full.
-    with held(engine) as go_on, serving(engine) as url:
+    with held(engine) as go_on, served(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
                 body = {"prompt": "a", "max_tokens": 2}
@@ -204,9 +205,9 @@ def test_a_full_queue_is_a_429_with_retry_after(tiny):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(tiny, stream):
+def test_a_client_that_leaves_frees_its_slot(tiny, stream, served):
     engine = ContinuousEngine(*tiny, max_batch=1)
-    with serving(engine) as url:
+    with served(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
                 body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": stream}
@@ -249,19 +250,19 @@ def test_when_the_engine_dies_every_waiter_is_told_and_health_says_so(tiny, monk
         assert "num_requests_running 0.0" in httpx.get(f"{url}/metrics").text
 
 
-def test_a_fault_before_the_first_token_is_a_500(tiny, monkeypatch):
+def test_a_fault_before_the_first_token_is_a_500(tiny, monkeypatch, served):
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     engine = ContinuousEngine(*tiny)
     engine.step = lambda: 1 / 0
-    with serving(engine) as url:
+    with served(engine) as url:
         response = post(url)
     assert response.status_code == 500 and response.json()["error"]["code"] == "engine_failed"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_misses_its_deadline_is_ended(tiny, stream):
+def test_a_request_that_misses_its_deadline_is_ended(tiny, stream, served):
     engine = ContinuousEngine(*tiny, max_batch=1)
-    with held(engine, after=3) as go_on, serving(engine, timeout=1.5) as url:
+    with held(engine, after=3) as go_on, served(engine, timeout=1.5) as url:
         response = post(url, stream=stream)
         if stream:
             *chunks, last = events(response.text)
@@ -271,13 +272,13 @@ def test_a_request_that_misses_its_deadline_is_ended(tiny, stream):
             last = response.json()
         assert last["error"]["code"] == "timeout"
         go_on.set()
-        assert 'finished_reason="timeout"} 1.0' in httpx.get(f"{url}/metrics").text
+        metrics_say(url, 'request_success_total{finished_reason="timeout"} 1.0')
         assert post(url).status_code == 200, "its slot is free again"
 
 
-def test_while_it_drains_it_is_alive_not_ready_and_finishes_what_it_has(tiny, reference):
+def test_while_it_drains_it_is_alive_not_ready_and_finishes_what_it_has(tiny, reference, served):
     engine = ContinuousEngine(*tiny, max_batch=1)
-    with held(engine, after=2) as go_on, serving(engine) as url:
+    with held(engine, after=2) as go_on, served(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
                 body = {"prompt": [5], "max_tokens": 9, "temperature": 0, "ignore_eos": True}
@@ -326,19 +327,17 @@ def test_a_request_is_logged_in_one_line_without_what_it_says(tiny, caplog):
     assert "secret" not in caplog.text
 
 
-def test_metrics_count_every_request_once_by_the_names_that_dashboards_know(tiny):
-    with serving(ContinuousEngine(*tiny)) as url:
+def test_metrics_count_every_request_once_by_the_names_that_dashboards_know(tiny, served):
+    with served(ContinuousEngine(*tiny)) as url:
         for stream in (False, True):
             assert post(url, stream=stream).status_code == 200
         assert post(url, n=5).status_code == 400
-        text = httpx.get(f"{url}/metrics").text
-    for line in ('request_success_total{finished_reason="length"} 2.0',
-                 "request_queue_time_seconds_count 2.0", "time_to_first_token_seconds_count 2.0",
-                 "inter_token_latency_seconds_count 14.0", "prompt_tokens_total 6.0",
-                 "e2e_request_latency_seconds_count 2.0", "generation_tokens_total 16.0",
-                 'requests_refused_total{status="400"} 1.0',
-                 "num_requests_waiting 0.0", "kv_cache_usage_perc 0.0"):
-        assert line in text.splitlines(), line
+        metrics_say(url, 'request_success_total{finished_reason="length"} 2.0',
+                    "request_queue_time_seconds_count 2.0", "time_to_first_token_seconds_count 2.0",
+                    "inter_token_latency_seconds_count 14.0", "prompt_tokens_total 6.0",
+                    "e2e_request_latency_seconds_count 2.0", "generation_tokens_total 16.0",
+                    'requests_refused_total{status="400"} 1.0',
+                    "num_requests_waiting 0.0", "kv_cache_usage_perc 0.0")
 
 
 async def for_ever(message=None):

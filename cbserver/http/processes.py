@@ -160,6 +160,7 @@ class RemoteEngine:
         self.link = link
         self.places = places
         self.numbers = numbers
+        self.loop = None
         self.stopping = True
         self.sequences = {}  # number: sequence
         self.number_of = {}  # sequence: number, until it is recorded
@@ -214,7 +215,9 @@ class RemoteEngine:
     def tell(self, *wish):
         """Send a wish with the others of this turn of the event loop."""
         self.wishes.append(wish)
-        if len(self.wishes) == 1:
+        if self.loop is None:
+            self.flush()
+        elif len(self.wishes) == 1:
             self.loop.call_soon(self.flush)
 
     def flush(self):
@@ -306,7 +309,8 @@ def serve(pipe, listener, facts, places, numbers, options, drain_timeout):
 
 def preload():
     """Begin to import what each process needs, once for all of them."""
-    multiprocessing.set_forkserver_preload(["cbserver.server", "cbserver.process"])
+    multiprocessing.set_forkserver_preload(
+        ["cbserver.server", "cbserver.process", "uvicorn.protocols.http.auto"])
     forkserver.ensure_running()
 
 
