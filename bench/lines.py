@@ -99,7 +99,7 @@ LAYERS = [["model.sampling", "model.attention", "model.random_llama", "metrics"]
           ["model.load"], ["baseline", "model.trial"], ["sequence"],
           ["batch", "http.errors", "http.replies", "http.schema", "http.tunnel"],
           ["scheduler", "fast", "http.text", "http.monitor", "http.doors"],
-          ["server", "process", "cli"],
+          ["server", "process", "processes", "cli"],
           ["on_ray"]]
 
 

@@ -79,7 +79,7 @@ def main(argv=None, engine_class=None):
     from .server import create_app
 
     if args.http_processes:
-        from .http.processes import HttpProcesses, preload
+        from .processes import HttpProcesses, preload
 
         preload()
     failures = process.prepare()

@@ -62,7 +62,7 @@ def serving(engine, **options):
 @contextlib.contextmanager
 def serving_in_processes(engine, **options):
     """The same with HTTP in two processes of its own, and the engine here."""
-    from cbserver.http.processes import HttpProcesses
+    from cbserver.processes import HttpProcesses
 
     servers = HttpProcesses(engine, 2, **options)
     servers.start()

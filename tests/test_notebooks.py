@@ -10,8 +10,9 @@ from test_export import LESSONS, tool
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("course")
-    for name in ("notebooks", "cbserver", "load", "bench", "figures/data"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    left_out = shutil.ignore_patterns("__pycache__", "latest")
+    for name in ("notebooks", "cbserver", "load", "bench", "figures"):
+        shutil.copytree(ROOT / name, folder / name, ignore=left_out)
     for path in ROOT.glob("requirements*.txt"):
         shutil.copy(path, folder)
     return folder
