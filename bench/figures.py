@@ -7,6 +7,7 @@ import matplotlib
 
 from bench import ladder, report, soak
 from bench.capacity import validation_table
+from bench.http import event_text, http_figure, http_table
 from bench.invariance import invariance_table
 from bench.lines import code_lines, engine_lines, modules
 from bench.offline import table
@@ -135,19 +136,17 @@ def ladder_text():
 
 
 def http_text():
-    """What HTTP costs."""
-    parts = []
-    for device, engine in (("cpu", "continuous"), ("h100", "continuous+graphs+fused+kernel")):
-        result = load(f"offline-{device}")
-        if result:
-            rows = {(row["arm"], row["slots"]): row for row in result["rows"]}
-            for (arm, slots), row in rows.items():
-                if arm == "http" and row["repeats"]:
-                    parts.append(http_sentence(row, rows[engine, slots], device, slots))
-    paragraphs = []
-    if parts:
-        paragraphs.append(f"What HTTP costs (`python -m bench.offline`): {'; '.join(parts)}.")
-    return "\n\n".join(paragraphs)
+    """What HTTP costs: with a real model on a GPU, and with none on a CPU."""
+    real = load("http-h100")
+    versions = ", ".join(f"{name} {version}" for name, version in real["versions"].items())
+    commands = "; ".join(f"{name}: `{command}`" for name, command in real["commands"].items())
+    repeats = 1 + max(row["repeat"] for row in real["rows"])
+    return "\n\n".join([
+        "![Tokens per second of each way of serving](figures/http-h100.png)", http_table(real),
+        f"{real['model']} on {real['hardware']}, prompts and outputs of 16 to 256 tokens, raw "
+        f"clients in four processes, closed loop, medians of {repeats} fresh servers with "
+        f"{real['date']}'s versions: {versions}. {real.get('note', '')} {commands}.",
+        event_text(load("http-cpu"))])
 
 
 def imitation_text():
@@ -164,17 +163,6 @@ def soak_text():
     """How a long load went."""
     picture = "![Memory and latency over time](figures/soak-cpu.png)"
     return f"{soak_sentence(load('soak-cpu'))}\n\n{picture}"
-
-
-def http_sentence(row, without, device, slots):
-    """The row of the server over HTTP beside that of the engine alone."""
-    run = row["repeats"][0]
-    speed = row["tokens_per_s"]
-    alone = without["tokens_per_s"]
-    return (f"{speed:,.0f} tokens/s over HTTP with {run['users']} users against {alone:,.0f} "
-            f"without on {device.upper()} at {slots} slots: {speed / alone:.0%} ({repeats(row)}, "
-            f"{run['tokens_per_event']:.2f} tokens an event, client at "
-            f"{run['client_cpu_percent']:.0f} % of a core)")
 
 
 def soak_sentence(result):
@@ -358,6 +346,7 @@ def draw():
     for path in sorted(DATA.glob("offline-*.json")):
         if path.stem.count("-") == 1:  # the others are told in a sentence
             save(ladder.ladder_figure(load(path.stem)), path.stem)
+    save(http_figure(load("http-h100")), "http-h100")
     soaked = load("soak-cpu")
     if soaked:
         save(soak.soak_figure(soaked), "soak-cpu")

@@ -77,15 +77,15 @@ def serve(words):
 
 
 def sample(path):
-    """Note, 500 times a second, whose line the event loop's thread is at; rewritten each second."""
+    """Note, 500 times a second, whose line the event loop's thread is at; on disk each 0.1 s."""
     thread = threading.main_thread().ident
     seen = Counter()
     while True:
-        for _ in range(500):
+        for _ in range(50):
             time.sleep(SAMPLE_S)
             frame = sys._current_frames()[thread]
             seen[group_of(frame.f_code.co_filename, frame.f_code.co_name)] += 1
-        path.write_text(json.dumps(seen))
+        write_json(seen, path)
 
 
 def group_of(filename, function):
@@ -155,8 +155,8 @@ def run_server(options, levels, profile=None):
             say=lambda line: None) as server, ProcessPoolExecutor(
             options.clients, get_context("spawn")) as pool:
         process = psutil.Process(server.process.pid)
-        warm = [TokenRequest(r.prompt_tokens, 4) for r in requests_of(options, 4)]
-        load_all(pool, server.url, [warm] * options.clients, options.clients)
+        short = [TokenRequest(r.prompt_tokens, 4) for r in requests_of(options, max(levels))]
+        load_all(pool, server.url, [short] * options.clients, max(levels))
         for streams in levels:
             requests = requests_of(options, most(options, streams))
             shares = [requests[i::options.clients] for i in range(options.clients)]
@@ -309,12 +309,18 @@ def main(argv):
         for row in arms[arm](options, levels):
             result["rows"].append({"name": names[arm], "repeat": repeat} | row)
             print(json.dumps(result["rows"][-1]), flush=True)
+            save(result, options, argv)
     if options.profile:
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/profile.json"
             list(run_server(options, levels[:1], path))
             result["profiles"][options.name] = shares(json.loads(Path(path).read_text()))
         print(json.dumps(result["profiles"][options.name]))
+    save(result, options, argv)
+
+
+def save(result, options, argv):
+    """On disk after each run."""
     result |= {"hardware": hardware(), "model": options.model or "none: a step sleeps",
                "versions": versions("uvicorn", "starlette", "fastapi", "uvloop", "httptools"),
                "date": datetime.date.today().isoformat()}
@@ -328,6 +334,85 @@ def shares(seen):
     whole = sum(awake.values())
     return {group: round(100 * count / whole, 1)
             for group, count in sorted(awake.items(), key=lambda pair: -pair[1])}
+
+
+
+# What it says
+
+
+def middle(rows, name, streams, key):
+    """The median over the repeats of one row; None without data."""
+    found = [row[key] for row in rows if row["name"] == name and row["streams"] == streams]
+    return statistics.median(found) if found else None
+
+
+def names_of(result):
+    """The ways of serving that were measured with a model, in order."""
+    return [name for name in dict.fromkeys(row["name"] for row in result["rows"])
+            if name != "alone"]
+
+
+def http_table(result):
+    """Tokens/s of each way at each number of users, beside the engine alone: Markdown."""
+    rows = result["rows"]
+    lines = ["| users | served by | tokens/s | of the engine alone | TTFT p50 | p99 "
+             "| tokens an event |", "| ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for streams in sorted({row["streams"] for row in rows}):
+        engine = middle(rows, "alone", streams, "tokens_per_s")
+        for name in names_of(result):
+            speed = middle(rows, name, streams, "tokens_per_s")
+            share = f"{speed / engine:.0%}" if engine else "–"
+            ttft = [middle(rows, name, streams, f"ttft_{q}_ms") for q in ("p50", "p99")]
+            lines.append(f"| {streams} | {name} | {speed:,.0f} | {share} | {ttft[0]:.0f} ms | "
+                         f"{ttft[1]:.0f} ms | "
+                         f"{middle(rows, name, streams, 'tokens_per_event'):.2f} |")
+    return "\n".join(lines)
+
+
+def http_figure(result):
+    """Tokens/s against users, with the range over the repeats."""
+    import matplotlib.pyplot as plt
+
+    from bench.report import STYLE
+
+    looks = [("#0072B2", "o-"), ("#E69F00", "s-"), ("#009E73", "^-")]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+        for name, (color, style) in zip([*names_of(result), "alone"],
+                                        [*looks[:len(names_of(result))], ("#333333", "D")]):
+            levels = sorted({r["streams"] for r in result["rows"] if r["name"] == name})
+            speeds = [[r["tokens_per_s"] for r in result["rows"]
+                       if r["name"] == name and r["streams"] == level] for level in levels]
+            center = [statistics.median(speed) for speed in speeds]
+            errors = [[c - min(speed) for c, speed in zip(center, speeds)],
+                      [max(speed) - c for c, speed in zip(center, speeds)]]
+            label = "the engine alone" if name == "alone" else name
+            axes.errorbar(levels, center, errors, fmt=style, color=color, label=label, capsize=3)
+        axes.set(xlabel="users at once", ylabel="tokens/s", ylim=(0, None), xlim=(0, None),
+                 xticks=sorted({row["streams"] for row in result["rows"]}),
+                 title=f"{result['model']} on {result['hardware']}")
+        axes.legend(frameon=False)
+    return figure
+
+
+def event_text(result):
+    """The CPU time of an event, before and after, and what it goes to: Markdown."""
+    rows = result["rows"]
+    streams = rows[0]["streams"]
+
+    def said(name):
+        times = [row["cpu_us_per_token"] for row in rows if row["name"] == name]
+        return f"{statistics.median(times):.0f} µs ({min(times):.0f} to {max(times):.0f})"
+
+    profiles = result["profiles"]
+    groups = [group for group in profiles["after"] | profiles["before"]
+              if max(profile.get(group, 0) for profile in profiles.values()) >= 2]
+    lines = ["| the event loop's time, % | before | after |", "| --- | ---: | ---: |"]
+    lines += [f"| {group} | {profiles['before'].get(group, 0):.0f} | "
+              f"{profiles['after'].get(group, 0):.0f} |" for group in groups]
+    return (f"CPU time an event at {streams} streams on {result['hardware']}, one process: "
+            f"{said('before')} before, {said('after')} now, and {said('floor')} at the floor "
+            f"(`{result['commands']['after']}`).\n\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":
