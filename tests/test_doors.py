@@ -10,6 +10,7 @@ import pytest
 from conftest import prompt, serving
 
 from cbserver.cli import parse, reach
+from cbserver.http.doors import with_direct_send
 from cbserver.http.errors import APIError
 from cbserver.http.schema import ELSEWHERE
 from cbserver.http.text import chat_tokens
@@ -45,6 +46,32 @@ def test_head_is_answered_as_get_without_a_body(url, path):
     assert head.status_code == got.status_code == 200
     assert head.headers["content-type"] == got.headers["content-type"]
     assert head.content == b""
+
+
+def test_the_events_of_a_stream_go_past_the_middleware_its_start_and_end_through(tiny):
+    import lesson
+
+    seen = []
+
+    class Watch:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            async def noted(message):
+                seen.append((message["type"], message.get("body")))
+                await send(message)
+
+            await self.app(scope, receive, noted)
+
+    app = create_app(ContinuousEngine(*tiny, max_len=64))
+    app.add_middleware(Watch)
+    server = lesson.Server(with_direct_send(app))
+    text = ask(server.url, stream=True, ignore_eos=True).text
+    server.stop()
+    assert text.count("data: ") >= 2 and text.endswith("data: [DONE]\n\n")
+    answered = [message for message in seen if message[0].startswith("http")]
+    assert answered == [("http.response.start", None), ("http.response.body", b"")]
 
 
 def test_a_body_without_its_content_type_is_told_the_header(url):
