@@ -26,6 +26,7 @@ import psutil
 
 from bench.arms import cpu_seconds, run_child
 from bench.results import DATA, command_line, first_gpu, hardware, order, versions, write_json
+from cbserver.metrics import spread_ms
 from load import client
 from load.process import ServerProcess, python_module
 from load.workload import TokenRequest, token_workload, vocabulary
@@ -96,8 +97,9 @@ def group_of(filename, function):
     for name in ("uvicorn", "starlette", "fastapi", "anyio", "transformers", "tokenizers"):
         if name in parts:
             return name
-    asleep = function in ("run", "run_until_complete", "select")
-    return "asleep" if asleep else parts[-2] if "site-packages" in parts else "the standard library"
+    if function in ("run", "run_until_complete", "select"):
+        return "asleep"
+    return parts[-2] if "site-packages" in parts else "the standard library"
 
 
 async def write_events(port, streams, step_ms):
@@ -130,7 +132,7 @@ def write_floor(words):
 
 
 def load(url, requests, users):
-    """One client process: [[first and last moment, events, tokens, its CPU seconds], TTFTs]."""
+    """One client process: a dict of its first and last moment, CPU seconds, counts and TTFTs."""
     me = psutil.Process()
     before = cpu_seconds(me)
     begin = time.perf_counter()
@@ -178,13 +180,13 @@ def numbers(streams, found, used):
     seconds = max(f["end"] for f in found) - min(f["begin"] for f in found)
     tokens = sum(f["tokens"] for f in found)
     events = sum(f["events"] for f in found)
-    ttft = sorted(seconds for f in found for seconds in f["ttft"])
+    ttft = [seconds for f in found for seconds in f["ttft"]]
+    spread = spread_ms(ttft)
     return {"streams": streams, "requests": len(ttft), "tokens_per_s": round(tokens / seconds, 1),
             "events_per_s": round(events / seconds, 1),
             "tokens_per_event": round(tokens / events, 3),
             "cpu_us_per_token": round(1e6 * sum(used) / tokens, 2),
-            "ttft_p50_ms": round(1e3 * statistics.median(ttft), 1),
-            "ttft_p99_ms": round(1e3 * ttft[int(0.99 * len(ttft))], 1),
+            "ttft_p50_ms": spread["p50"], "ttft_p99_ms": spread["p99"],
             "server_cpu_percent": [round(100 * cpu / seconds, 1) for cpu in used],
             "client_cpu_percent": [round(100 * f["cpu_s"] / seconds, 1) for f in found]}
 
@@ -322,7 +324,8 @@ def main(argv):
 def save(result, options, argv):
     """On disk after each run."""
     result |= {"hardware": hardware(), "model": options.model or "none: a step sleeps",
-               "versions": versions("uvicorn", "starlette", "fastapi", "uvloop", "httptools"),
+               "versions": versions("torch", "transformers", "uvicorn", "starlette", "fastapi",
+                                  "uvloop", "httptools"),
                "date": datetime.date.today().isoformat()}
     result.setdefault("commands", {})[options.name] = command_line("bench.http", argv)
     write_json(result, options.out)
@@ -412,7 +415,7 @@ def event_text(result):
               f"{profiles['after'].get(group, 0):.0f} |" for group in groups]
     return (f"CPU time an event at {streams} streams on {result['hardware']}, one process: "
             f"{said('before')} before, {said('after')} now, and {said('floor')} at the floor "
-            f"(`{result['commands']['after']}`).\n\n" + "\n".join(lines))
+            f"(`{result['commands']['after']}`). {result.get('note', '')}\n\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Hub:
     def abort(self, pipe, number, reason):
         with self.engine.lock:
             sequence = self.sequences.get(number)
-            if sequence is None:  # it was never taken
+            if sequence is None:  # the engine had refused it
                 return
             if sequence.status is Status.WAITING:
                 self.places.release()

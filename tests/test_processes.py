@@ -67,7 +67,7 @@ def test_when_the_engines_process_is_killed_nothing_is_left(server):
     assert len(gone) == 2 and not alive
 
 
-def test_the_flag_is_named_in_the_help_and_its_nonsense_refused():
+def test_a_negative_number_of_processes_is_refused():
     from cbserver.cli import parse
 
     assert parse(["--http-processes", "3"]).http_processes == 3
