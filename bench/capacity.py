@@ -28,17 +28,19 @@ SEEN = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms")
 
 
 def measure(options):
-    """Fit a model to a server's steps, check it against the server, write both."""
+    """Fit a model to a server's steps, check it against the server, write both as they come."""
     with tempfile.TemporaryDirectory() as folder:
         model, quality = calibrate(options, Path(folder))
         print(f"fit: {quality} {to_json(model)}", flush=True)
-        loads = check(options, model, Path(folder))
-    result = {"command": options.command, "hardware": hardware(), "model": options.model,
-              "versions": versions("torch", "transformers", "fastapi", "uvicorn", "numpy"),
-              "slots": options.slots, "max_len": options.max_len, "think_s": options.think,
-              "fit": quality, "step_model": to_json(model), "options": setting(options),
-              "loads": loads, "verdict": verdict(loads)}
-    write_json(result, options.out)
+        result = {"command": options.command, "hardware": hardware(), "model": options.model,
+                  "versions": versions("torch", "transformers", "fastapi", "uvicorn", "numpy"),
+                  "slots": options.slots, "max_len": options.max_len, "think_s": options.think,
+                  "fit": quality, "step_model": to_json(model), "options": setting(options),
+                  "loads": []}
+        for row in check(options, model, Path(folder)):
+            result["loads"].append(row)
+            result["verdict"] = verdict(result["loads"])
+            write_json(result, options.out)
     print(validation_table(result))
 
 
@@ -49,7 +51,8 @@ def setting(options):
 
 
 def server_options(options):
-    return ["--model", options.model, "--max-batch", options.slots, "--max-len", options.max_len]
+    return ["--model", options.model, "--max-batch", options.slots, "--max-len", options.max_len,
+            *options.server_args.split()]
 
 
 # The steps of a real server
@@ -107,7 +110,8 @@ def first_tokens(url):
 
 
 def warm_up(url, options):
-    send(url, prompts(setting(options), 2, seed=999), 2)
+    """All slots once, and with them each process that serves HTTP: its first request is slow."""
+    send(url, prompts(setting(options), 2 * options.slots, seed=999), options.slots)
 
 
 def send(url, requests, users, thinks=None):
@@ -121,11 +125,10 @@ def send(url, requests, users, thinks=None):
 
 
 def check(options, model, folder):
-    """The real server and the simulated one, with the same users and requests: list of rows.
+    """The real server and the simulated one, with the same users and requests: yields rows.
 
     A fresh server for each repeat; every other one takes the loads from the heaviest down.
     """
-    rows = []
     for repeat in range(options.repeats):
         command = python_module("cbserver", *server_options(options))
         with ServerProcess(command, folder / "server.log") as server:
@@ -134,8 +137,7 @@ def check(options, model, folder):
                 row = one_load(server.url, options, model, users, repeat)
                 print(f"{users} users, repeat {repeat}: {row['measured']} measured, "
                       f"{row['simulated']} simulated", flush=True)
-                rows.append(row)
-    return rows
+                yield row
 
 
 def one_load(url, options, model, users, repeat):
@@ -212,6 +214,7 @@ def parse(arguments=None):
     add("--think", type=float, default=2, help="mean seconds between two requests of a user (2)")
     add("--requests", type=int, default=30, help="for each 8 users, but 40 at least (30)")
     add("--repeats", type=int, default=3, help="of each load (3)")
+    add("--server-args", default="", help="more options of the server, as one string")
     add("--out", type=Path, default=Path("figures/latest/capacity.json"), help="the result")
     add = commands.add_parser("plan", help="replicas for 100 to a million users").add_argument
     add("data", type=Path, help="what `measure` wrote; the plan is added to it")

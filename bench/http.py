@@ -161,12 +161,26 @@ def run_server(options, levels, profile=None):
         load_all(pool, server.url, [short] * options.clients, max(levels))
         for streams in levels:
             requests = requests_of(options, most(options, streams))
-            shares = [requests[i::options.clients] for i in range(options.clients)]
+            shares = deal(requests, options.clients)
             family = [process, *process.children(recursive=True)]
             before = [cpu_seconds(one) for one in family]
             found = load_all(pool, server.url, shares, streams)
             used = [cpu_seconds(one) - cpu for one, cpu in zip(family, before)]
             yield numbers(streams, found, [cpu for cpu in used if cpu])
+
+
+def deal(requests, clients):
+    """A list of requests for each client, each with about as many tokens to wait for as another.
+
+    A client that is done early would leave slots empty, which the engine alone never has.
+    """
+    shares = [[] for _ in range(clients)]
+    tokens = [0] * clients
+    for request in requests:
+        least = tokens.index(min(tokens))
+        shares[least].append(request)
+        tokens[least] += request.max_tokens
+    return shares
 
 
 def load_all(pool, url, shares, streams):
@@ -364,6 +378,8 @@ def http_table(result):
         engine = middle(rows, "alone", streams, "tokens_per_s")
         for name in names_of(result):
             speed = middle(rows, name, streams, "tokens_per_s")
+            if speed is None:
+                continue
             share = f"{speed / engine:.0%}" if engine else "–"
             ttft = [middle(rows, name, streams, f"ttft_{q}_ms") for q in ("p50", "p99")]
             lines.append(f"| {streams} | {name} | {speed:,.0f} | {share} | {ttft[0]:.0f} ms | "

@@ -96,9 +96,9 @@ def engine_lines():
 
 # Imports go down: a module may use those of the layers above its own in this list.
 LAYERS = [["model.sampling", "model.attention", "model.random_llama", "metrics"],
-          ["model.load"], ["baseline", "model.trial"], ["sequence"],
-          ["batch", "http.errors", "http.replies", "http.schema", "http.tunnel"],
-          ["scheduler", "fast", "http.text", "http.monitor", "http.doors"],
+          ["model.load", "model.logprobs"], ["baseline", "model.trial"], ["sequence"],
+          ["batch", "http.errors", "http.replies", "http.text", "http.tools", "http.tunnel"],
+          ["scheduler", "fast", "http.answers", "http.schema", "http.monitor", "http.doors"],
           ["server", "process", "processes", "cli"],
           ["on_ray"]]
 

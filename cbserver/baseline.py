@@ -12,7 +12,7 @@ import threading
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .model.sampling import SamplingParams
+from .model.sampling import SamplingParams, generate_options
 
 # %% ../notebooks/01_single_stream_baseline.ipynb #c19
 class Streamer(BaseStreamer):
@@ -37,18 +37,11 @@ class Streamer(BaseStreamer):
 def generate(model, prompt_tokens, params, on_token):
     "`model.generate()` for one prompt, in this thread; ends early when `on_token` returns true."
     streamer = Streamer(on_token)
-    options = dict(max_new_tokens=params.max_tokens, do_sample=not params.greedy,
-                   streamer=streamer, stopping_criteria=[streamer.stopped])
-    if not params.greedy:
-        options["temperature"] = float(params.temperature)
-        options["top_p"] = params.top_p
-        options["top_k"] = params.top_k
-    if params.ignore_eos:
-        options["eos_token_id"] = None
     if params.seed is not None:
         torch.manual_seed(params.seed)
     ids = torch.tensor([prompt_tokens], device=model.device)
-    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer,
+                   stopping_criteria=[streamer.stopped], **generate_options(params))
 
 # %% ../notebooks/01_single_stream_baseline.ipynb #c22
 def generate_tokens(model, prompt_tokens, params=SamplingParams()):

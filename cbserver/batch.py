@@ -9,6 +9,8 @@ __all__ = ['PIECE', 'SlotCache', 'BatchRunner', 'StaticEngine']
 import torch
 
 from .model.attention import kv_shape, untouched_zeros, with_attention
+from .model.load import stop_tokens
+from .model.logprobs import note_prompt, note_tokens
 from .model.sampling import sample
 from .sequence import Engine, Status
 
@@ -85,7 +87,8 @@ class BatchRunner:
         slot = slice(sequence.slot, sequence.slot + 1)
         tokens = torch.tensor([sequence.prompt_tokens[start:end]], device=self.device)  # [1, new]
         positions = torch.arange(start, end, device=self.device)[None]  # [1, new]
-        self.forward(tokens, positions, slot, span=end)
+        hidden = self.forward(tokens, positions, slot, span=end)
+        note_prompt(sequence, hidden[0], self.model.get_output_embeddings())
         sequence.position = end
 
     @torch.inference_mode()
@@ -102,11 +105,11 @@ class BatchRunner:
         hidden = self.forward(tokens, positions, slice(0, len(tokens)), span)
         slots = [s.slot for s in sequences]
         logits = self.model.get_output_embeddings()(hidden[slots, -1])  # [sequences, vocabulary]
-        params = [s.params for s in sequences]
-        new_tokens = sample(logits, params, [s.position for s in sequences]).tolist()
+        new_tokens = sample(logits, sequences, stop_tokens(self.model))  # [sequences]
+        note_tokens(sequences, logits, new_tokens)
         for sequence in sequences:
             sequence.position += 1
-        return list(zip(sequences, new_tokens))
+        return list(zip(sequences, new_tokens.tolist()))
 
     def rows(self, sequences):
         """What each row of a decode pass reads, and where it stands: two tensors [rows, 1]."""

@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 from .batch import PIECE, BatchRunner
 from .model.attention import grouped_attention, kv_shape
+from .model.load import stop_tokens
+from .model.logprobs import fetch_logprobs, note_prompt
 from .model.sampling import resample, upload
 from .model.trial import check_same, check_structure, shrunken
 
@@ -222,8 +224,9 @@ class FusedPass:
 class Launched:
     """A pass that is under way: its tokens are being copied to the CPU, and nobody has waited."""
 
-    def __init__(self, sequences, tokens):
+    def __init__(self, sequences, tokens, logprobs):
         self.sequences = sequences
+        self.logprobs = logprobs
         self.tokens = tokens.to("cpu", non_blocking=True, copy=True)
         self.arrived = None
         if tokens.device.type == "cuda":
@@ -234,6 +237,7 @@ class Launched:
         """[(sequence, token), ...]."""
         if self.arrived is not None:
             self.arrived.synchronize()
+        self.logprobs.hand_out()
         tokens = self.tokens.tolist()
         return [(sequence, tokens[sequence.slot]) for sequence in self.sequences]
 
@@ -291,7 +295,8 @@ class FastStep(BatchRunner):
         padded = piece + [0] * (width - len(piece))
         self.prompt[0, :width] = upload(padded, self.device)
         self.slot.fill_(sequence.slot)
-        self.run(self.read_pass, width, start)
+        hidden = self.run(self.read_pass, width, start)  # [1, width, hidden]
+        note_prompt(sequence, hidden[0, :len(piece)], self.model.get_output_embeddings())
         self.tokens[sequence.slot].fill_(piece[-1])
         sequence.position = end
 
@@ -313,11 +318,11 @@ class FastStep(BatchRunner):
             positions[sequence.slot] = sequence.position - 1
         self.positions[:count] = upload(positions, self.device)
         logits = self.run(self.decode_pass, count, span)
-        resample(self.tokens, logits, [s.slot for s in sequences], [s.params for s in sequences],
-                 [s.position for s in sequences])
+        resample(self.tokens, logits, sequences, stop_tokens(self.model))
+        logprobs = fetch_logprobs(sequences, [s.slot for s in sequences], logits, self.tokens)
         for sequence in sequences:
             sequence.position += 1
-        return Launched(sequences, self.tokens)
+        return Launched(sequences, self.tokens, logprobs)
 
     def decode_pass(self, count, span):
         """One token for slots 0 … count - 1, idle ones among them: logits [count, vocabulary]."""
@@ -329,9 +334,12 @@ class FastStep(BatchRunner):
         return logits
 
     def read_pass(self, width, start):
-        """Read `width` tokens of a prompt; those beyond its end write where decoding will."""
+        """Read `width` tokens of a prompt: hidden states [1, width, hidden].
+
+        Those beyond its end write where decoding will.
+        """
         positions = self.cache.all_positions[None, start:start + width]
-        self.forward(self.prompt[:, :width], positions, self.slot, start + width)
+        return self.forward(self.prompt[:, :width], positions, self.slot, start + width)
 
     def run(self, one_pass, *sizes):
         """Replay the recording of a pass of these sizes, or run it where there is none."""

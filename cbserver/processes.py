@@ -1,10 +1,8 @@
-"""HTTP in processes of its own: the same app in each of them, over an engine that lives elsewhere.
-
-Python runs one thread of a process at a time. At tens of thousands of tokens a second an event loop
-takes all of that time, and the engine's thread waits for it. Here the engine has a process without
-HTTP. Each process for HTTP has an unmodified `create_app` over a `RemoteEngine`. It sends what its
-clients ask for in one message a turn of its event loop, and gets a step's tokens in one message.
-"""
+"""HTTP in processes of its own: the same app in each of them, over an engine that lives elsewhere."""
+# Python runs one thread of a process at a time. At tens of thousands of tokens a second an event
+# loop takes all of that time, and the engine's thread waits for it. Here the engine has a process
+# without HTTP. Each process for HTTP has an unmodified `create_app` over a `RemoteEngine`. It sends
+# what its clients ask for in one message a turn of its event loop, and gets a step's tokens in one.
 import asyncio
 import contextlib
 import gc
@@ -93,7 +91,11 @@ class Hub:
         parcels = {}
         for sequence, token in news:
             said = sequence.finish_reason if token is None else token
-            parcels.setdefault(sequence.pipe, []).append((sequence.number, said))
+            parcel = parcels.setdefault(sequence.pipe, [])
+            if token is None or not sequence.logprobs:
+                parcel.append((sequence.number, said))
+            else:
+                parcel.append((sequence.number, said, logprobs_of_last(sequence)))
         for pipe, parcel in parcels.items():
             self.send(pipe, parcel)
 
@@ -142,6 +144,13 @@ class Hub:
         answers = {"stats": self.engine.stats, "snapshot": self.feed.snapshot,
                    "metrics": lambda: list(self.monitor.registry.collect())}
         self.send(pipe, {"answer": answers[name]()})
+
+
+def logprobs_of_last(sequence):
+    """Those that came with its last token; with the first one come its prompt's."""
+    if len(sequence.generated_tokens) == 1:
+        return sequence.logprobs
+    return sequence.logprobs[-1:]
 
 
 # In each process for HTTP
@@ -243,11 +252,13 @@ class RemoteEngine:
 
     def deliver(self, news):
         """Put each token on its sequence's queue; a text in its place is why it has ended."""
-        for number, said in news:
+        for number, said, *logprobs in news:
             sequence = self.sequences.get(number)
             if sequence is None:  # it was aborted meanwhile
                 continue
             if isinstance(said, int):
+                for found in logprobs:
+                    sequence.logprobs += found
                 sequence.generated_tokens.append(said)
                 sequence.queue.put_nowait(said)
             else:
@@ -322,7 +333,7 @@ class HttpProcesses:
         self.numbers = context.Value("l", 0)
         self.hub = Hub(engine, options.get("model_name", "cbserver"), self.places)
         facts = {name: getattr(engine, name)
-                 for name in ("tokenizer", "max_batch", "max_len", "max_waiting")}
+                 for name in ("tokenizer", "max_batch", "max_len", "max_waiting", "gives_logprobs")}
         facts["vocab_size"] = engine.model.config.vocab_size
         options["max_viewers"] = max(1, max_viewers // processes)
         self.children = []

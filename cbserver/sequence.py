@@ -65,6 +65,7 @@ class Sequence:
     arrival_time: float = field(default_factory=time.perf_counter)
     admission_time: float | None = None  # when it began to run
     token_times: list[float] = field(default_factory=list)
+    logprobs: list = field(default_factory=list)  # a TokenLogprob a token, if asked for
 
     @property
     def last_token(self):
@@ -113,6 +114,8 @@ class Engine:
     max_batch: sequences served at once. max_len: prompt and generated tokens of one sequence.
     max_waiting: requests that may wait; one more raises QueueFull.
     """
+
+    gives_logprobs = True
 
     def __init__(self, model, tokenizer, max_batch=1, max_len=None, max_waiting=256):
         self.model = model
@@ -242,6 +245,8 @@ def put_all(news):
 # %% ../notebooks/02_sequence_queue.ipynb #c15
 class SequentialEngine(Engine):
     """One request at a time through `model.generate()`: the baseline. A step serves a whole one."""
+
+    gives_logprobs = False  # a streamer is told of tokens only
 
     def step(self):
         sequence = self.take()

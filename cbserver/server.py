@@ -18,11 +18,12 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 
 from .http import monitor
+from .http.answers import fan_out, pieces, together
 from .http.doors import guard
 from .http.errors import DOCUMENTED, HANDLERS, APIError
 from .http.replies import DONE, EventStream, Reply, event, until_disconnect
 from .http.schema import ChatRequest, CompletionRequest
-from .http.text import chat_tokens, pieces, prompt_tokens
+from .http.text import chat_tokens, prompt_tokens
 from .sequence import EngineStopped, PromptTooLong, QueueFull
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c12
@@ -60,10 +61,10 @@ async def authorize(request: Request, given=Depends(HTTPBearer(auto_error=False)
                        code="invalid_api_key")
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c15
-async def stream(engine, sequence, reply, include_usage):
+async def stream(engine, sequences, reply, include_usage):
     "Server-sent events: a chunk a token, the usage if asked for, [DONE]."
     try:
-        async for piece in pieces(engine, sequence):
+        async for piece in pieces(engine, sequences):
             yield reply.chunk(piece)
         if include_usage:
             yield reply.usage_chunk()
@@ -72,13 +73,11 @@ async def stream(engine, sequence, reply, include_usage):
     yield DONE
 
 
-async def whole(engine, sequence, reply):
-    "The answer as one JSON object, when its last token is there."
-    text = ""
-    async for piece in pieces(engine, sequence):
-        text += piece.text
-        if piece.finish_reason:
-            return reply.whole(text, piece.finish_reason, piece.tokens)
+async def whole(engine, sequences, reply):
+    "The answers as one JSON object, when their last token is there."
+    async for piece in pieces(engine, sequences):
+        reply.add(piece)
+    return reply.whole()
 
 
 @contextmanager
@@ -95,29 +94,31 @@ def attended(app, sequence, request_id):
         app.state.monitor.record(sequence, request_id)
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c17
-async def respond(request, body, sequence, chat):
+async def respond(request, body, sequences, chat):
     "Answer as a stream, or as a whole."
     app = request.app
     engine = app.state.engine
-    reply = Reply(app.state.model_name, len(sequence.prompt_tokens), chat)
-    number = app.state.feed.number(sequence)
+    prompt_tokens = sum(len(s.prompt_tokens) for s in sequences[::body.n])
+    reply = Reply(app.state.model_name, prompt_tokens, chat)
+    number = app.state.feed.number(sequences[0])
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": reply.id,
                "X-Request-Number": str(number)}
-    attendance = attended(app, sequence, reply.id)
+    attendance = together([attended(app, sequence, reply.id) for sequence in sequences])
     if body.stream:
-        events = stream(engine, sequence, reply, body.stream_options.include_usage)
+        events = stream(engine, sequences, reply, body.stream_options.include_usage)
         return EventStream(events, headers, attendance, app.state.timeout + 5)
     with attendance:
-        watcher = asyncio.create_task(abort_on_disconnect(request, engine, sequence))
+        watcher = asyncio.create_task(abort_on_disconnect(request, engine, sequences))
         try:
-            return JSONResponse(await whole(engine, sequence, reply), headers=headers)
+            return JSONResponse(await whole(engine, sequences, reply), headers=headers)
         finally:
             watcher.cancel()
 
 
-async def abort_on_disconnect(request, engine, sequence):
+async def abort_on_disconnect(request, engine, sequences):
     await until_disconnect(request)
-    engine.abort(sequence)
+    for sequence in sequences:
+        engine.abort(sequence)
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c19
 router = APIRouter(responses=DOCUMENTED)
@@ -128,11 +129,11 @@ protected = APIRouter(dependencies=[Depends(authorize)])
 async def completions(request: Request, body: CompletionRequest):
     "Continue a prompt."
     check_model(request, body.model)
-    tokenizer = request.app.state.engine.tokenizer
-    tokens = await asyncio.to_thread(prompt_tokens, tokenizer, body.prompt)
-    params = body.sampling(body.max_tokens or 16)
-    sequence = submit(request, tokens, params, "prompt")
-    return await respond(request, body, sequence, chat=False)
+    engine = request.app.state.engine
+    prompts = await asyncio.to_thread(prompt_tokens, engine.tokenizer, body.prompt)
+    params = body.sampling(engine, body.max_tokens or 16)
+    sequences = fan_out(submit, request, prompts, params, body.n, "prompt")
+    return await respond(request, body, sequences, chat=False)
 
 
 @protected.post("/v1/chat/completions")
@@ -143,9 +144,9 @@ async def chat_completions(request: Request, body: ChatRequest):
     tokens = await asyncio.to_thread(chat_tokens, engine.tokenizer, body.messages,
                                      body.template())
     room = max(1, engine.max_len - len(tokens))
-    params = body.sampling(body.max_completion_tokens or body.max_tokens or room)
-    sequence = submit(request, tokens, params, "messages")
-    return await respond(request, body, sequence, chat=True)
+    params = body.sampling(engine, body.max_completion_tokens or body.max_tokens or room)
+    sequences = fan_out(submit, request, [tokens], params, body.n, "messages")
+    return await respond(request, body, sequences, chat=True)
 
 
 @protected.get("/v1/models")

@@ -12,7 +12,7 @@ from conftest import prompt, serving
 from cbserver.cli import parse, reach
 from cbserver.http.doors import with_direct_send
 from cbserver.http.errors import APIError
-from cbserver.http.schema import ELSEWHERE
+from cbserver.http.schema import ELSEWHERE, Message
 from cbserver.http.text import chat_tokens
 from cbserver.model.random_llama import byte_tokenizer
 from cbserver.model.sampling import SamplingParams
@@ -142,13 +142,9 @@ TEMPLATES = {
              "{% if shout %}!{% endif %}{% if add_generation_prompt %}>{% endif %}"}
 
 
-class Said:
+def said(role, content, name=None):
     """A message, as the schema makes it."""
-
-    def __init__(self, role, content, name=None):
-        self.role = role
-        self.content = content
-        self.name = name
+    return Message(role=role, content=content, name=name)
 
 
 def text(template, *messages, **options):
@@ -158,24 +154,24 @@ def text(template, *messages, **options):
 
 
 def test_a_developer_is_the_system_where_a_template_does_not_know_it():
-    said = Said("developer", "be brief"), Said("user", "hi")
-    assert text("all roles", *said) == "developer: be brief\nuser: hi\n"
-    assert text("no others", *said) == "system: be brief\nuser: hi\n"
+    turns = said("developer", "be brief"), said("user", "hi")
+    assert text("all roles", *turns) == "developer: be brief\nuser: hi\n"
+    assert text("no others", *turns) == "system: be brief\nuser: hi\n"
 
 
 @pytest.mark.parametrize("role", ["tool", "banana"])
 def test_a_role_that_a_template_drops_is_refused_by_name(role):
-    assert role in text("all roles", Said("user", "hi"), Said(role, "42"))
+    assert role in text("all roles", said("user", "hi"), said(role, "42"))
     with pytest.raises(APIError) as raised:
-        text("no others", Said("user", "hi"), Said(role, "42"))
+        text("no others", said("user", "hi"), said(role, "42"))
     assert raised.value.status_code == 400
     assert role in raised.value.detail["error"]["message"]
 
 
 def test_names_and_variables_go_to_the_template():
-    said = Said("user", "hi", "Ann")
-    assert text("names", said) == "Ann: hi>"
-    assert text("names", said, shout=True, add_generation_prompt=False) == "Ann: hi!"
+    message = said("user", "hi", "Ann")
+    assert text("names", message) == "Ann: hi>"
+    assert text("names", message, shout=True, add_generation_prompt=False) == "Ann: hi!"
 
 
 def test_variables_of_a_template_are_no_arguments_of_the_tokenizer(url):

@@ -36,13 +36,13 @@ def test_the_engine_is_five_classes_in_230_plain_lines_and_three_files_of_320():
 
 
 def test_what_each_lesson_teaches_is_small():
-    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 280)):
+    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 285)):
         assert lines_of(name) <= most, f"{name}: {lines_of(name)} lines"
 
 
-def test_what_is_given_fits_in_1600_lines():
+def test_what_is_given_fits_in_2050_lines():
     given = [path for name, path in modules("cbserver").items() if not is_taught(name)]
-    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in given) <= 1600
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in given) <= 2050
 
 
 def test_imports_go_one_way():

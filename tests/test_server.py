@@ -8,8 +8,8 @@ import pytest
 from conftest import added_text, by_asgi, by_hand, held, metrics_say, prompt, serving
 
 from cbserver.batch import StaticEngine
+from cbserver.http.answers import pieces_of
 from cbserver.http.text import Detokenizer
-from cbserver.http.text import pieces as pieces_of
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
 from cbserver.sequence import SequentialEngine
@@ -74,7 +74,7 @@ def test_tokens_that_came_while_a_stream_lagged_are_sent_together(tiny, referenc
         sequence = engine.submit(prompt(1, 5), SamplingParams(6, ignore_eos=True))
         while sequence.finish_reason is None:
             engine.step()
-        return [part async for part in pieces_of(engine, sequence)]
+        return [part[:3] async for part in pieces_of(engine, sequence)]
 
     want = added_text(tiny[1], prompt(1, 5), reference(prompt(1, 5), 6))
     assert asyncio.run(late()) == [(want, "length", 6)]
@@ -100,8 +100,6 @@ def test_chat_answers_in_chats_shape_and_the_role_comes_with_the_first_token(url
 
 BAD = [
     ({"prompt": ""}, "1 token or more"),
-    ({"prompt": []}, "one prompt"),
-    ({"prompt": ["a", "b"]}, "one prompt"),
     ({"prompt": [-1]}, "under 512"),
     ({"prompt": [512]}, "under 512"),
     ({"prompt": "x" * 300}, "limit of 256"),
@@ -112,16 +110,11 @@ BAD = [
     ({"temperature": 1e9}, "less than or equal to 2"),
     ({"top_p": 0}, "greater than 0"),
     ({"top_k": -2}, "greater than or equal to -1"),
-    ({"stop": ["a"] * 5}, "at most 4"),
-    ({"n": 2}, "n: Input should be 1"),
-    ({"logprobs": 3}, "logprobs: Input should be None"),
-    ({"logprobs": 0}, "logprobs: Input should be None"),
     ({"best_of": 2}, "best_of"),
-    ({"echo": True}, "echo: Input should be False"),
     ({"presence_penalty": 0.5}, "presence_penalty: Input should be less than or equal to 0"),
     ({"repetition_penalty": 1.1}, "repetition_penalty"),
     ({"logit_bias": {"7": 1}}, "logit_bias"),
-    ({"response_format": {"type": "json_object"}}, "response_format: Input should be 'text'"),
+    ({"response_format": {"type": "json_object"}}, "response_format: 'json_object' needs"),
     ({"stop": "x" * 1001}, "at most 1000"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"stream_options": 3}, "stream_options"),
@@ -331,7 +324,7 @@ def test_metrics_count_every_request_once_by_the_names_that_dashboards_know(tiny
     with served(ContinuousEngine(*tiny)) as url:
         for stream in (False, True):
             assert post(url, stream=stream).status_code == 200
-        assert post(url, n=5).status_code == 400
+        assert post(url, n=17).status_code == 400
         metrics_say(url, 'request_success_total{finished_reason="length"} 2.0',
                     "request_queue_time_seconds_count 2.0", "time_to_first_token_seconds_count 2.0",
                     "inter_token_latency_seconds_count 14.0", "prompt_tokens_total 6.0",

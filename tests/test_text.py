@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cbserver.http.text import Detokenizer, decoder_of, pieces
+from cbserver.http.answers import pieces_of
+from cbserver.http.text import Detokenizer, decoder_of
 from cbserver.model.random_llama import byte_tokenizer
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
@@ -132,7 +133,7 @@ def test_a_stop_string_that_is_a_special_token_stops():
 
 def test_the_text_of_the_token_that_ends_an_answer_never_shows_special_or_not(tiny, reference):
     async def read(engine, sequence):
-        return "".join([piece.text async for piece in pieces(engine, sequence)])
+        return "".join([piece.text async for piece in pieces_of(engine, sequence)])
 
     model, tokenizer = tiny
     tokens = reference(prompt(1, 9), 12)

@@ -41,7 +41,7 @@ async def invalid(request, error):
         where = f"{first['ctx']['error']} at character {first['loc'][1]}"
         return await refused(request, APIError(400, f"the body is not JSON: {where}"))
     param = str(first["loc"][1]) if len(first["loc"]) > 1 else None
-    reasons = [e["msg"] for e in errors if param is None or param in map(str, e["loc"])]
+    reasons = [e["msg"].removeprefix("Value error, ") for e in errors if param is None or param in map(str, e["loc"])]
     different = dict.fromkeys(reasons)
     return await refused(request, APIError(
         400, f"{param or 'body'}: {', or: '.join(different)}", param))

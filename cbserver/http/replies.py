@@ -15,50 +15,147 @@ def event(data):
     return f"data: {json.dumps(data)}\n\n"
 
 
+class Said:
+    """What a client has been told of one answer."""
+
+    def __init__(self):
+        self.tokens = 0
+        self.letters = 0  # of the tokens' names: where the next one begins
+        self.template = None  # a ChunkTemplate, in a stream
+        # In a whole answer:
+        self.text = ""
+        self.logprobs = None  # as a Piece has them
+        self.calls = []
+        self.finish_reason = None
+
+
 class Reply:
-    """The JSON shapes of one answer: as text, or as a chat message."""
+    """The JSON shapes of a request's answers: as text, or as chat messages.
+
+    prompt_tokens: how many all prompts have together.
+    """
 
     def __init__(self, model_name, prompt_tokens, chat):
         self.chat = chat
-        self.prompt_tokens = prompt_tokens  # how many
+        self.prompt_tokens = prompt_tokens
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.base = {"id": self.id, "created": int(time.time()), "model": model_name}
-        self.template = ChunkTemplate(self.piece("TEXT"))
-        self.count = 0  # completion tokens so far
+        self.answers = {}  # index: Said
 
-    def whole(self, text, finish_reason, count):
-        """The answer as one JSON object."""
-        message = {"message": {"role": "assistant", "content": text}}
-        content = message if self.chat else {"text": text}
+    # As one JSON object
+
+    def add(self, piece):
+        """Remember a Piece for `whole`."""
+        said = self.answers.setdefault(piece.index, Said())
+        said.tokens = piece.tokens
+        said.text += piece.text
+        said.calls += piece.calls
+        said.finish_reason = piece.finish_reason
+        if piece.logprobs is not None:
+            said.logprobs = [*(said.logprobs or []), *piece.logprobs]
+
+    def whole(self):
+        """All answers."""
         kind = "chat.completion" if self.chat else "text_completion"
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-        return {**self.base, "object": kind, "choices": [choice], "usage": self.usage(count)}
+        choices = [self.whole_choice(index) for index in sorted(self.answers)]
+        return {**self.base, "object": kind, "choices": choices, "usage": self.usage()}
+
+    def whole_choice(self, index):
+        said = self.answers[index]
+        content = {"text": said.text}
+        if self.chat:
+            content = {"message": {"role": "assistant", "content": said.text}}
+        if said.calls:
+            content["message"]["content"] = said.text or None
+            content["message"]["tool_calls"] = [call_json(call) for call in said.calls]
+        return {"index": index, **content, "logprobs": self.logprobs(said.logprobs, said),
+                "finish_reason": said.finish_reason}
+
+    # As events
 
     def chunk(self, piece):
         """A Piece as an event. The role goes out with the first token: earlier, it fakes a TTFT."""
-        first = self.count == 0
-        self.count = piece.tokens
-        if piece.finish_reason is None and not first:
-            return self.template.fill(piece.text)
-        role = {"role": "assistant"} if first else {}
-        return self.piece(piece.text, piece.finish_reason, **role)
+        said = self.answers.get(piece.index) or self.begin(piece.index)
+        first = said.tokens == 0
+        said.tokens = piece.tokens
+        if first or piece.finish_reason or piece.logprobs is not None:
+            return self.piece(piece, said, {"role": "assistant"} if first else {})
+        return said.template.fill(piece.text)
+
+    def begin(self, index):
+        """The Said of an answer that begins."""
+        said = Said()
+        choice = {"index": index, **self.content({"content": "TEXT"}), "logprobs": None,
+                  "finish_reason": None}
+        said.template = ChunkTemplate(self.event([choice]))
+        self.answers[index] = said
+        return said
+
+    def piece(self, piece, said, role):
+        delta = {**role, "content": piece.text}
+        if piece.calls:
+            delta = {**role, **({"content": piece.text} if piece.text else {}),
+                     "tool_calls": [{"index": i, **call_json(call)}
+                                    for i, call in enumerate(piece.calls)]}
+        choice = {"index": piece.index, **self.content(delta),
+                  "logprobs": self.logprobs(piece.logprobs, said),
+                  "finish_reason": piece.finish_reason}
+        return self.event([choice])
+
+    def content(self, delta):
+        return {"delta": delta} if self.chat else {"text": delta["content"]}
 
     def usage_chunk(self):
         """The last event of a stream whose client asked for the token counts."""
-        return self.event([], usage=self.usage(self.count))
-
-    def piece(self, text, finish_reason=None, **role):
-        content = {"delta": {**role, "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-        return self.event([choice])
+        return self.event([], usage=self.usage())
 
     def event(self, choices, **more):
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return event({**self.base, "object": kind, "choices": choices, **more})
 
-    def usage(self, count):
+    # In both
+
+    def usage(self):
+        count = sum(said.tokens for said in self.answers.values())
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": count,
                 "total_tokens": self.prompt_tokens + count}
+
+    def logprobs(self, named, said):
+        """NamedLogprobs as OpenAI's two routes show them; None stays None."""
+        if named is None:
+            return None
+        if self.chat:
+            return {"content": [chat_logprob(token) for token in named], "refusal": None}
+        offsets = []
+        for token in named:
+            offsets.append(said.letters)
+            said.letters += len(token.text)
+        return {"tokens": [token.text for token in named],
+                "token_logprobs": [token.logprob for token in named],
+                "top_logprobs": [by_text(token) for token in named], "text_offset": offsets}
+
+
+def chat_logprob(token):
+    """A NamedLogprob as chats show it."""
+    top = [{"token": text, "bytes": its_bytes, "logprob": logprob}
+           for text, its_bytes, logprob in token.top]
+    return {"token": token.text, "bytes": token.bytes, "logprob": token.logprob,
+            "top_logprobs": top}
+
+
+def by_text(token):
+    """{text: log-probability} of the likeliest tokens and of the chosen one."""
+    if token.logprob is None:
+        return None
+    likeliest = {text: logprob for text, _, logprob in reversed(token.top)}
+    return {token.text: token.logprob, **likeliest}
+
+
+def call_json(call):
+    """A call of a tool, as OpenAI has it."""
+    name, arguments = call
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+            "function": {"name": name, "arguments": arguments}}
 
 
 class ChunkTemplate:

@@ -4,16 +4,22 @@
 import inspect
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, create_model, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from ..model.logprobs import TOP
 from ..model.sampling import SamplingParams
+from .answers import MOST
+from .errors import APIError
+from .tools import call_format
 
 # What apply_chat_template takes for itself is no variable of a template.
 RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 Nothing = Annotated[list, Field(max_length=0)]  # a list that may be sent, if it is empty
 Empty = Annotated[dict, Field(max_length=0)]
 Stop = Annotated[str, Field(max_length=1000)]
+StopToken = Annotated[int, Field(ge=0)]
+NO_GRAMMAR = "needs constrained decoding, which this server does not have"
 # Of a million wrong entries one is reported: a list of errors could be larger than memory.
 Tokens = Annotated[list[int], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -77,36 +83,67 @@ class GenerationRequest(Elsewhere):
     top_p: float = Field(1.0, gt=0, le=1, description="the likeliest tokens with this mass")
     top_k: int = Field(0, ge=-1, lt=2**31, description="the likeliest so many; 0, -1: all")
     seed: int | None = Field(None, ge=-2**63, lt=2**63, description="same seed, same answer")
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field([], description="ends before")
+    stop: Stop | Annotated[list[Stop], Field(max_length=64)] = Field([], description="ends before")
+    stop_token_ids: Annotated[list[StopToken], Field(max_length=64, fail_fast=True)] = Field(
+        [], description="tokens that end an answer, beside the model's own")
+    min_tokens: int = Field(0, ge=0, description="nothing but max_tokens ends an answer before")
+    min_p: float = Field(0.0, ge=0, le=1, description="tokens that are at least so likely, as a "
+                         "share of the likeliest")
     ignore_eos: bool = Field(False, description="go on to max_tokens")
     stream: bool = Field(False, description="server-sent events, a chunk a token")
     stream_options: StreamOptions = StreamOptions()
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1, le=MOST, description="answers to each prompt; with seed, answer k "
+                   f"draws from seed + k; a request has at most {MOST} answers")
     logit_bias: Empty = {}
     presence_penalty: float = Field(0.0, ge=0, le=0)
     frequency_penalty: float = Field(0.0, ge=0, le=0)
     repetition_penalty: float = Field(1.0, ge=1, le=1)
-    min_p: float = Field(0.0, ge=0, le=0)
-    min_tokens: Literal[0] = 0
-    stop_token_ids: Nothing = []
-    response_format: dict[Literal["type"], Literal["text"]] = {"type": "text"}
+    response_format: dict[str, Any] = Field({"type": "text"}, description='{"type": "text"} only')
 
-    def sampling(self, max_tokens):
-        """What the engine is asked for: a SamplingParams."""
+    def sampling(self, engine, max_tokens):
+        """What the engine is asked for, a SamplingParams; APIError for what it cannot give."""
+        self.check(engine, max_tokens)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         return SamplingParams(
             max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p,
             top_k=max(self.top_k, 0), seed=self.seed, stop=tuple(filter(None, stop)),
-            ignore_eos=self.ignore_eos)
+            ignore_eos=self.ignore_eos, min_p=self.min_p, min_tokens=self.min_tokens,
+            stop_token_ids=tuple(self.stop_token_ids), logprobs=self.likeliest(), echo=self.echo,
+            call_format=self.call_format(engine.tokenizer))
+
+    def check(self, engine, max_tokens):
+        """What depends on the engine, or on two fields at once."""
+        kind = self.response_format.get("type")
+        if kind != "text":
+            raise APIError(400, f"response_format: {str(kind)[:100]!r} {NO_GRAMMAR}; ask for the "
+                           "form in the prompt, and send \"text\" or nothing", "response_format")
+        if self.min_tokens > max_tokens:
+            raise APIError(400, f"min_tokens: {self.min_tokens} is more than max_tokens "
+                           f"{max_tokens}", "min_tokens")
+        most = len(engine.tokenizer)
+        if max(self.stop_token_ids, default=0) >= most:
+            raise APIError(400, f"stop_token_ids: the vocabulary has ids under {most}",
+                           "stop_token_ids")
+        if self.likeliest() is not None and not engine.gives_logprobs:
+            raise APIError(400, "logprobs: this server runs generate(), which gives none; start it "
+                           "with --engine continuous", "logprobs")
 
 
 class CompletionRequest(GenerationRequest):
     prompt: str | Tokens | Texts | Annotated[list[Tokens], Field(fail_fast=True)] = Field(
-        description="text or token ids; a list of prompts may hold one")
+        description="text or token ids, or a list of them: each has its answer")
     best_of: Literal[1] = 1
-    echo: Literal[False] = False
-    logprobs: None = None
+    echo: bool = Field(False, description="the prompt first, with logprobs if they are asked for")
+    logprobs: int | None = Field(None, ge=0, le=TOP, description="each token's log-probability, "
+                                 "and those of so many likeliest; before temperature")
     suffix: Literal[""] = ""
+
+    def likeliest(self):
+        """Of how many tokens log-probabilities are wanted beside the chosen one's; None: of none."""
+        return self.logprobs
+
+    def call_format(self, tokenizer):
+        return None
 
 
 class TextPart(Body):
@@ -114,11 +151,42 @@ class TextPart(Body):
     text: str
 
 
+class Called(Body):
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(Body):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Called
+
+
 class Message(Body):
-    role: str = Field(description="system, user or assistant, as the model's template has it")
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    role: str = Field(description="system, user, assistant or tool, as the model's template has it")
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        None, description="may be left out beside tool_calls")
     name: str | None = Field(None, description="for templates that show it")
-    tool_calls: Nothing = []
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] = Field(
+        [], description="what the assistant called, for templates that show it")
+    tool_call_id: str | None = Field(None, description="which call a tool answers")
+
+    @model_validator(mode="after")
+    def says_something(self):
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message needs content")
+        return self
+
+
+class Function(Body):
+    model_config = ConfigDict(extra="allow")
+    name: str = Field(min_length=1, max_length=64)
+
+
+class Tool(Body):
+    model_config = ConfigDict(extra="allow")
+    type: Literal["function"]
+    function: Function
 
 
 class ChatRequest(GenerationRequest):
@@ -129,10 +197,12 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool = Field(False, description="the answer goes on with the last one")
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="variables of the model's chat template")
-    logprobs: Literal[False] = False
-    top_logprobs: Literal[0] = 0
-    tools: Nothing = []
-    tool_choice: Literal["none", "auto"] = "none"
+    logprobs: bool = Field(False, description="each token's log-probability, before temperature")
+    top_logprobs: int = Field(0, ge=0, le=TOP, description="those of so many likeliest, too")
+    echo: Literal[False] = False
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] = Field(
+        [], description="what the model may call, if its chat template has a place for tools")
+    tool_choice: str | dict[str, Any] = Field("auto", description="auto, or none: calls stay text")
     functions: Nothing = []
     function_call: Literal["none", "auto"] = "none"
     audio: None = None
@@ -149,10 +219,34 @@ class ChatRequest(GenerationRequest):
             raise ValueError(f"{', '.join(sorted(taken))} is no variable of a template")
         return variables
 
+    def check(self, engine, max_tokens):
+        super().check(engine, max_tokens)
+        if self.top_logprobs and not self.logprobs:
+            raise APIError(400, "top_logprobs: send logprobs true with it", "top_logprobs")
+        if self.tool_choice not in ("auto", "none"):
+            raise APIError(400, f"tool_choice: {str(self.tool_choice)[:100]!r} {NO_GRAMMAR}; send "
+                           "auto or none", "tool_choice")
+
+    def likeliest(self):
+        return self.top_logprobs if self.logprobs else None
+
+    def call_format(self, tokenizer):
+        """The format of calls that are looked for in the answer; None: all of it is text."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        found = call_format(tokenizer, self.tool_dicts())
+        if found is None:
+            raise APIError(400, "tools: this model's chat template has calls in a format that this "
+                           "server cannot read", "tools")
+        return found
+
+    def tool_dicts(self):
+        return [tool.model_dump() for tool in self.tools]
+
     def template(self):
         """What the chat template takes beside the messages."""
         begin_answer = self.add_generation_prompt
         if begin_answer is None:
             begin_answer = not self.continue_final_message
-        return {"add_generation_prompt": begin_answer,
+        return {"add_generation_prompt": begin_answer, "tools": self.tool_dicts() or None,
                 "continue_final_message": self.continue_final_message, **self.chat_template_kwargs}

@@ -1,22 +1,21 @@
 """Text into tokens and tokens into text: prompts, chat templates, whole characters, stop strings."""
 import functools
-from typing import NamedTuple
+import json
 
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..sequence import EngineStopped
 from .errors import APIError
 
 MARK = "(what this message says)"
 
 
 def prompt_tokens(tokenizer, prompt):
-    """Token ids of a prompt: text, ids, or a list with one of either."""
-    if isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], int)):
-        if len(prompt) != 1:
-            raise APIError(400, f"send one prompt a request, not {len(prompt)}", "prompt")
-        prompt = prompt[0]
-    return tokenize(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    """Token ids of each prompt: of a text or ids, or of a list of either."""
+    prompts = [prompt]
+    if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int)):
+        prompts = prompt
+    return [tokenize(tokenizer, one) if isinstance(one, str) else one for one in prompts]
 
 
 def chat_tokens(tokenizer, messages, template=None):
@@ -32,6 +31,8 @@ def chat_tokens(tokenizer, messages, template=None):
         for message in turns:
             if message["role"] == "developer":
                 message["role"] = "system"
+    if options.get("tools") and MARK not in render(tokenizer, turns, marked_tools(options)):
+        raise APIError(400, "the model's chat template has no place for tools", "tools")
     prompt = render(tokenizer, turns, options)
     for role in {message["role"] for message in turns} - {"user", "assistant"}:
         if not shows(tokenizer, turns, role, options):
@@ -41,13 +42,27 @@ def chat_tokens(tokenizer, messages, template=None):
 
 
 def turn(message):
-    """A message as templates take it: role, content, and the name if it has one."""
-    name = {"name": message.name} if message.name else {}
-    return {"role": message.role, "content": text_of(message), **name}
+    """A message as templates take it: role, content, and what else it has."""
+    more = {"name": message.name, "tool_call_id": message.tool_call_id,
+            "tool_calls": [call_of_turn(call) for call in message.tool_calls]}
+    return {"role": message.role, "content": text_of(message),
+            **{name: value for name, value in more.items() if value}}
+
+
+def call_of_turn(call):
+    """A call as templates take it: its arguments are an object, where clients send JSON's text."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except ValueError:
+        raise APIError(400, "messages: the arguments of a tool call are not JSON", "messages")
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def text_of(message):
-    """A message's content as one text; it may come in parts."""
+    """A message's content as one text; it may come in parts, or lack beside tool calls."""
+    if message.content is None:
+        return ""
     if isinstance(message.content, str):
         return message.content
     return "".join(part.text for part in message.content)
@@ -59,6 +74,12 @@ def render(tokenizer, turns, options):
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except Exception as error:  # a template refuses roles and orders in its own words
         raise APIError(400, f"the model's chat template says: {error!r}"[:300], "messages")
+
+
+def marked_tools(options):
+    """The same options with one tool, which is called MARK."""
+    function = {"name": MARK, "description": "", "parameters": {"type": "object", "properties": {}}}
+    return options | {"tools": [{"type": "function", "function": function}]}
 
 
 def shows(tokenizer, turns, role, options):
@@ -104,6 +125,24 @@ class Decoder:
         self.bytes = {vocabulary[name] for name in names if name in vocabulary}
         if self.text([vocabulary.get("<0x41>", 0)]) != "A":
             self.bytes = set()  # these names stand for themselves
+        self.before = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self.names = {token: (name, list(name.encode())) for name, token in self.special.items()}
+
+    def named(self, token):
+        """What one token is called by itself, and its bytes; None where nobody knows them.
+
+        A token that is no whole character has a name of its bytes, as OpenAI gives it.
+        """
+        if token not in self.names:
+            # Behind another token: the first one of a text may lose a space in front.
+            text = self.text([*self.before, token])[len(self.text(self.before)):]
+            encoded = list(text.encode())
+            if "\ufffd" in text:
+                encoded = bytes_of(self.tokenizer.convert_ids_to_tokens(token))
+            if "\ufffd" in text and encoded:
+                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in encoded)
+            self.names[token] = text, encoded
+        return self.names[token]
 
     def text(self, tokens):
         if self.backend is not None:
@@ -115,6 +154,21 @@ class Decoder:
 @functools.lru_cache(8)
 def decoder_of(tokenizer):
     return Decoder(tokenizer)
+
+
+def bytes_of(name):
+    """The bytes of a token by its name in the vocabulary; None if it is of no known kind."""
+    if name.startswith("<0x"):
+        return [int(name[3:5], 16)]
+    table = byte_letters()
+    known = all(letter in table for letter in name)
+    return [table[letter] for letter in name] if known else None
+
+
+@functools.cache
+def byte_letters():
+    """The letters by which byte-level vocabularies write bytes: {letter: byte}."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Detokenizer:
@@ -129,13 +183,18 @@ class Detokenizer:
 
     def __init__(self, tokenizer, stop=(), prompt=()):
         self.decoder = decoder_of(tokenizer)
-        self.stop = stop
-        special = self.decoder.special
-        self.stop_tokens = {special[name] for name in stop if name in special}
+        self.watch(stop)
         self.window = [t for t in prompt[-4 * self.FRONT:] if t not in self.decoder.skipped]
         self.given = len(self.decoder.text(self.window))
         self.held = ""
         self.stopped = False
+
+    def watch(self, stop, tokens=()):
+        """From now on these texts and tokens end the answer."""
+        special = self.decoder.special
+        self.stop = stop
+        self.stop_tokens = {special[name] for name in stop if name in special}
+        self.stop_tokens.update(tokens)
 
     def push(self, token):
         """The text that this token completes; often a word, sometimes nothing."""
@@ -189,46 +248,3 @@ def overlap(text, stop):
     """How many characters at the end of `text` may be the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return max((n for n in range(1, longest + 1) if text.endswith(stop[:n])), default=0)
-
-
-class Piece(NamedTuple):
-    """Some text of an answer, with the number of tokens so far; the last has the reason."""
-
-    text: str
-    finish_reason: str | None
-    tokens: int
-
-
-async def pieces(engine, sequence):
-    """Yield a Piece for each token of a sequence, as it comes.
-
-    Tokens that came while the client was slow make one piece; the last one carries the reason.
-    Raises APIError for an answer that ends before its end.
-    """
-    detokenizer = Detokenizer(engine.tokenizer, sequence.params.stop, sequence.prompt_tokens)
-    text = ""
-    count = 0
-    try:
-        async for token in sequence.stream():
-            count += 1
-            end = sequence.finish_reason  # looked at first: no token is added once it is set
-            last = count == len(sequence.generated_tokens)
-            if not (last and end == "stop"):  # the token that ends an answer is not of its text
-                text += detokenizer.push(token)
-            if detokenizer.stopped:
-                engine.abort(sequence, "stop")
-                yield Piece(text, "stop", count)
-                return
-            if not last:
-                continue
-            if end in ("stop", "length"):
-                yield Piece(text + detokenizer.finish(), end, count)
-                return
-            yield Piece(text, None, count)
-            text = ""
-    except EngineStopped as error:
-        raise APIError(500, str(error), code="engine_failed")
-    if sequence.finish_reason == "timeout":
-        raise APIError(408, "not done within the server's request timeout", code="timeout",
-                       headers={"X-Should-Retry": "false"})  # openai's would, at the same cost
-    raise APIError(503, "the server is shutting down", code="engine_stopped")

@@ -8,9 +8,13 @@ import torch
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a client asks for. temperature 0 is greedy; top_p 1 and top_k 0 leave every token in.
+    """What a client asks for. temperature 0 is greedy; top_p 1, top_k 0, min_p 0 leave all tokens in.
 
-    stop: texts that end an answer. They are applied where there is text, not in the engine.
+    min_tokens: before so many, only max_tokens ends an answer. logprobs: the log-probability of
+    each token, and of so many likeliest; None: of none. echo: those of the prompt's tokens, too.
+    Applied where there is text, not in the engine: stop (texts that end an answer), stop_token_ids
+    (tokens that do), echo (the prompt's text comes first), call_format (in which a model calls
+    tools).
     """
 
     max_tokens: int = 128
@@ -20,6 +24,12 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
+    call_format: str | None = None
 
     @property
     def greedy(self):
@@ -27,28 +37,68 @@ class SamplingParams:
         return self.temperature < 1e-5
 
 
-def sample(logits, params, positions):
+def generate_options(params):
+    """What transformers' `generate()` takes for a SamplingParams."""
+    options = {"max_new_tokens": params.max_tokens, "min_new_tokens": params.min_tokens,
+               "do_sample": not params.greedy}
+    if not params.greedy:
+        options["temperature"] = float(params.temperature)
+        options["top_p"] = params.top_p
+        options["top_k"] = params.top_k
+        options["min_p"] = params.min_p
+    if params.ignore_eos:
+        options["eos_token_id"] = None
+    return options
+
+
+def sample(logits, sequences, eos=()):
     """One token id a row, [rows], on the logits' device: nothing here waits for it.
 
-    logits: [rows, vocabulary]. params: a SamplingParams for each row; a greedy one gets the
-    likeliest token. positions: where each token will stand. (seed, position) alone decide a draw,
-    whatever else is in the batch.
+    logits: [rows, vocabulary], a row for each sequence; a greedy one gets the likeliest token. eos:
+    the ids that end an answer, which none may that is short of its min_tokens. A draw depends on
+    the sequence's seed and position alone, whatever else is in the batch.
     """
+    logits = without_ends(logits, sequences, eos)
     likeliest = logits.argmax(-1)  # [rows]
+    params = [s.params for s in sequences]
     if all(p.greedy for p in params):
         return likeliest
     device = logits.device
     greedy = upload([p.greedy for p in params], device)  # [rows], as all that follow
     temperature = upload([1.0 if p.greedy else p.temperature for p in params], device)
     logits = logits / temperature[:, None]  # float32
-    if any(p.top_k or p.top_p < 1 for p in params):
+    if any(p.top_k or p.top_p < 1 or p.min_p for p in params):
         logits = keep_likeliest(logits, params)
     seed = upload([seed_of(p) for p in params], device)
-    position = upload(positions, device)
+    position = upload([s.position for s in sequences], device)
     # The largest of logit + Gumbel noise is a draw from softmax(logits): Gumbel, 1954.
     noise = gumbel(seed, position, logits.shape[-1])
     drawn = (logits + noise).argmax(-1)
     return torch.where(greedy, likeliest, drawn)
+
+
+def without_ends(logits, sequences, eos):
+    """Logits with -inf for what would end a sequence before its min_tokens."""
+    rows = []
+    columns = []
+    for row, sequence in enumerate(sequences):
+        ends = [token for token in forbidden(sequence, eos) if token < logits.shape[-1]]
+        rows += [row] * len(ends)
+        columns += ends
+    if not rows:
+        return logits
+    logits = logits.clone()
+    logits[upload(rows, logits.device), upload(columns, logits.device)] = float("-inf")
+    return logits
+
+
+def forbidden(sequence, eos):
+    """Ids of the tokens that may not come next, since they would end the answer too early."""
+    params = sequence.params
+    made = sequence.position - len(sequence.prompt_tokens)
+    if made >= params.min_tokens:
+        return []
+    return [*params.stop_token_ids, *(() if params.ignore_eos else eos)]
 
 
 def seed_of(params):
@@ -57,17 +107,19 @@ def seed_of(params):
 
 
 def keep_likeliest(logits, params):
-    """Logits [rows, vocabulary] with -inf outside each row's top_k and its nucleus of mass top_p."""
+    """Logits [rows, vocabulary] with -inf for what a row's top_k, top_p or min_p leaves out."""
     vocabulary = logits.shape[-1]
     # Chances may add up to slightly more than 1: a top_p of 1 must not cut even then.
     top_p = upload([p.top_p if p.top_p < 1 else math.inf for p in params], logits.device)
     top_k = upload([min(p.top_k, vocabulary) or vocabulary for p in params], logits.device)
+    min_p = upload([p.min_p for p in params], logits.device)
     chances, order = logits.softmax(-1).sort(descending=True)
     rank = torch.arange(vocabulary, device=logits.device)
     # What comes before a token, not the token itself, decides: the one that crosses top_p stays,
     # and so does the likeliest, even where a tiny top_p is 0 in float32.
     mass_before = chances.cumsum(-1) - chances
     drop = (mass_before >= top_p[:, None]) | (rank >= top_k[:, None])  # likeliest first
+    drop |= chances < min_p[:, None] * chances[:, :1]
     drop &= rank > 0
     drop = drop.scatter(-1, order, drop)  # in the order of the vocabulary
     return logits.masked_fill(drop, float("-inf"))
@@ -93,14 +145,14 @@ def scramble(x):
     return x ^ (x >> 31 & 2**33 - 1)
 
 
-def resample(tokens, logits, slots, params, positions):
-    """Where a row samples, draw its token anew; what is all greedy stays as it is.
+def resample(tokens, logits, sequences, eos):
+    """Where one wants more than the likeliest token, choose all of theirs anew.
 
     tokens: [slots], changed in place. logits: [slots or fewer, vocabulary].
     """
-    if not all(p.greedy for p in params):
-        rows = upload(slots, tokens.device)
-        tokens[rows] = sample(logits[rows], params, positions)
+    if any(s.params.min_tokens or not s.params.greedy for s in sequences):
+        rows = upload([s.slot for s in sequences], tokens.device)
+        tokens[rows] = sample(logits[rows], sequences, eos)
 
 
 def upload(numbers, device):

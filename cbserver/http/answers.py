@@ -1,0 +1,211 @@
+"""The answers of a request: a sequence for each, side by side, and what their client is told."""
+import asyncio
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..sequence import EngineStopped
+from .errors import APIError
+from .text import Detokenizer
+from .tools import CallReader
+
+MOST = 16  # answers of a request
+
+
+def fan_out(submit, request, prompts, params, n, field):
+    """Submit all answers of a request, n to each prompt, or none of them: list of sequences.
+
+    submit(request, tokens, params, field) takes one. Answer k of a prompt draws from seed + k.
+    """
+    engine = request.app.state.engine
+    monitor = request.app.state.monitor
+    count = n * len(prompts)
+    limit = max(1, min(MOST, engine.max_waiting))
+    if not 1 <= count <= limit:
+        raise APIError(400, f"{len(prompts)} prompts with n {n} ask for {count} answers; "
+                       f"a request may have 1 to {limit}", "n" if n > 1 else field)
+    sequences = []
+    try:
+        for tokens in prompts:
+            for k in range(n):
+                sequences.append(submit(request, tokens, with_seed(params, k), field))
+    except APIError:
+        for sequence in sequences:
+            engine.abort(sequence)
+            monitor.record(sequence, "one of several, refused")
+        raise
+    return sequences
+
+
+def with_seed(params, k):
+    """The same params for answer k of a prompt."""
+    if params.seed is None or k == 0:
+        return params
+    return replace(params, seed=params.seed + k)
+
+
+@contextmanager
+def together(contexts):
+    """Several context managers as one."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+class NamedLogprob(NamedTuple):
+    """A token's text, bytes, log-probability, and [(text, bytes, log-probability)] of the likeliest.
+
+    A prompt's first token has no log-probability: None.
+    """
+
+    text: str
+    bytes: list | None
+    logprob: float | None
+    top: list
+
+
+class Piece(NamedTuple):
+    """Some text of an answer, with the number of tokens so far; the last has the reason.
+
+    index: which answer. logprobs: a NamedLogprob for each token since the piece before; None if
+    nobody asked. calls: of tools, (name, arguments as JSON).
+    """
+
+    text: str
+    finish_reason: str | None
+    tokens: int
+    index: int = 0
+    logprobs: list | None = None
+    calls: list = ()
+
+
+class Answer:
+    """What a client is told of one sequence: tokens go in, pieces come out."""
+
+    def __init__(self, tokenizer, sequence, index):
+        self.sequence = sequence
+        self.params = sequence.params
+        self.index = index
+        self.detokenizer = Detokenizer(tokenizer, prompt=sequence.prompt_tokens)
+        self.reader = CallReader(self.params.call_format) if self.params.call_format else None
+        self.text = ""  # since the piece before
+        if self.params.echo:
+            self.text = self.detokenizer.decoder.text(sequence.prompt_tokens)
+        self.count = 0  # tokens so far
+        self.told = 0  # log-probabilities that are out
+
+    def push(self, token, ends):
+        """One more token. ends: it is the model's sign for the end, which is not of the text."""
+        if self.count == self.params.min_tokens:
+            self.detokenizer.watch(self.params.stop, self.params.stop_token_ids)
+        self.count += 1
+        if not ends:
+            self.text += self.detokenizer.push(token)
+
+    def piece(self, finish_reason=None):
+        """What came since the piece before, as a Piece."""
+        text = self.text
+        self.text = ""
+        calls = []
+        if finish_reason:
+            text += self.detokenizer.finish()
+        if self.reader is not None:
+            text = self.reader.push(text)
+        if self.reader is not None and finish_reason:
+            rest, calls = self.reader.finish()
+            text += rest
+        reason = "tool_calls" if calls else finish_reason
+        return Piece(text, reason, self.count, self.index, self.logprobs(), calls)
+
+    def logprobs(self):
+        """NamedLogprobs of the tokens since the piece before; None if nobody asked."""
+        if self.params.logprobs is None:
+            return None
+        tokens = self.sequence.generated_tokens
+        end = self.count
+        if self.params.echo:
+            tokens = self.sequence.prompt_tokens + tokens
+            end += len(self.sequence.prompt_tokens)
+        news = slice(self.told, end)
+        self.told = end
+        return [self.named(*pair) for pair in zip(tokens[news], self.sequence.logprobs[news])]
+
+    def named(self, token, found):
+        """A token and its TokenLogprob, or None, as a NamedLogprob."""
+        name = self.detokenizer.decoder.named
+        if found is None:
+            return NamedLogprob(*name(token), None, [])
+        top = [(*name(other), speakable(logprob)) for other, logprob in found.top]
+        return NamedLogprob(*name(token), speakable(found.logprob), top)
+
+
+def speakable(logprob):
+    """JSON has no infinity; OpenAI's lowest number stands for it."""
+    return max(-9999.0, logprob)
+
+
+def pieces(engine, sequences):
+    """Yield a Piece for each token of each sequence, as they come.
+
+    Tokens that came while the client was slow make one piece; the last one of an answer carries
+    the reason. Raises APIError for an answer that ends before its end.
+    """
+    if len(sequences) == 1:
+        return pieces_of(engine, sequences[0])
+    return side_by_side([pieces_of(engine, sequence, index)
+                         for index, sequence in enumerate(sequences)])
+
+
+async def pieces_of(engine, sequence, index=0):
+    """Yield the Pieces of one sequence."""
+    answer = Answer(engine.tokenizer, sequence, index)
+    try:
+        async for token in sequence.stream():
+            end = sequence.finish_reason  # looked at first: no token is added once it is set
+            last = answer.count + 1 == len(sequence.generated_tokens)
+            answer.push(token, last and end == "stop")
+            if answer.detokenizer.stopped:
+                engine.abort(sequence, "stop")
+                yield answer.piece("stop")
+                return
+            if not last:
+                continue
+            if end in ("stop", "length"):
+                yield answer.piece(end)
+                return
+            yield answer.piece()
+    except EngineStopped as error:
+        raise APIError(500, str(error), code="engine_failed")
+    if sequence.finish_reason == "timeout":
+        raise APIError(408, "not done within the server's request timeout", code="timeout",
+                       headers={"X-Should-Retry": "false"})  # openai's would, at the same cost
+    raise APIError(503, "the server is shutting down", code="engine_stopped")
+
+
+async def side_by_side(streams):
+    """Yield what several async generators do, as it comes; the first error ends them all."""
+    arrived = asyncio.Queue()
+
+    async def pass_on(stream):
+        try:
+            async for piece in stream:
+                arrived.put_nowait(piece)
+            arrived.put_nowait(None)
+        except Exception as error:
+            arrived.put_nowait(error)
+
+    tasks = [asyncio.create_task(pass_on(stream)) for stream in streams]
+    try:
+        left = len(tasks)
+        while left:
+            piece = await arrived.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                left -= 1
+            else:
+                yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
