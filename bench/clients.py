@@ -1,4 +1,4 @@
-"""Run clients that we do not write against the server, unmodified: LangChain, guidellm, vLLM's.
+"""Run clients that we do not write against the server, unmodified, and a judge.
 
     make test-clients        # in a virtual environment of their own
 """
@@ -11,12 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
+from bench import judge
 from bench.results import DATA, ROOT, hardware, versions, write_json
 from load.process import ServerProcess
 
 KEY = "sesame"
+NODE_OPENAI = "7.59.0"
 REQUESTS = 32
 TOKENS = 24
 WHY = ("The planted server's first token has no text: load.run counts it, as the server does; "
@@ -41,6 +44,56 @@ def langchain(url, folder):
     assert {answer.content for answer in answers} == {whole.content}
     assert asyncio.run(chat.ainvoke(question)).content == whole.content
     return {"answer": whole.content, "usage": whole.usage_metadata}
+
+
+def lm_eval(url, folder):
+    """lm-evaluation-harness finds the same through the server as on its own model."""
+    return judge.lm_eval(url, model_folder(), KEY)
+
+
+def litellm(url, folder):
+    """litellm: whole, streamed, several answers, log-probabilities, a list of prompts."""
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the network for prices
+    import litellm as client
+
+    where = {"model": "openai/smollm2", "api_base": f"{url}/v1", "api_key": KEY,
+             "temperature": 0, "max_tokens": TOKENS}
+    messages = [{"role": "user", "content": "Name three primary colours."}]
+    whole = client.completion(messages=messages, n=2, logprobs=True, top_logprobs=2, **where)
+    first, second = whole.choices
+    assert first.message.content == second.message.content != ""
+    tokens = first.logprobs.content
+    assert len(tokens) <= TOKENS and len(tokens[0].top_logprobs) == 2
+    parts = client.completion(messages=messages, stream=True, **where)
+    text = "".join(part.choices[0].delta.content or "" for part in parts)
+    assert text == first.message.content
+    asynchronous = asyncio.run(client.acompletion(messages=messages, **where))
+    assert asynchronous.choices[0].message.content == text
+    where["model"] = "text-completion-openai/smollm2"
+    several = client.text_completion(prompt=["One, two,", "Red, green,"], **where)
+    assert len(several.choices) == 2
+    return {"answer": text, "usage": dict(whole.usage)}
+
+
+def openai_node(url, folder):
+    """The official package for Node.js: chats whole and streamed, several answers, a refusal."""
+    script = Path(folder) / "openai_node.mjs"
+    shutil.copy(ROOT / "bench" / "openai_node.mjs", script)
+    run(["npm", "install", "--silent", "--prefix", folder, f"openai@{NODE_OPENAI}"])
+    return json.loads(run(["node", str(script), url, KEY]))
+
+
+def guidance(url, folder):
+    """guidance: text with holes, in a chat; its `select` and grammars need constrained decoding."""
+    import guidance as client
+
+    model = client.models.OpenAI("smollm2", base_url=f"{url}/v1", api_key=KEY, echo=False)
+    with client.user():
+        model += "Name three primary colours."
+    with client.assistant():
+        model += client.gen("answer", max_tokens=TOKENS, temperature=0)
+    assert model["answer"]
+    return {"answer": model["answer"]}
 
 
 def guidellm(url, folder):
@@ -156,6 +209,7 @@ def run(command, **env):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600,
                           env=os.environ | {"HF_HUB_OFFLINE": "1"} | env)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    return done.stdout
 
 
 def model_folder():
@@ -166,22 +220,48 @@ def model_folder():
     return done.stdout.strip().splitlines()[-1]
 
 
+# What each client needs; what cannot be had is skipped with a word, and never counts as passed.
+CLIENTS = {langchain: "langchain-openai", litellm: "litellm", openai_node: "npm",
+           guidance: "guidance", lm_eval: "lm-eval", guidellm: "guidellm", agreement: "guidellm",
+           vllm: "vllm"}
+
+
+def version(package):
+    """The version of what a client needs; None if it is not here."""
+    if package == "npm":
+        return NODE_OPENAI if shutil.which("npm") else None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def main():
-    """sys.argv[1]: the Python that has the course's packages, which runs the server."""
-    result = {"hardware": hardware(), "command": "make test-clients",
-              "date": datetime.date.today().isoformat(),
-              "versions": versions("langchain-openai", "guidellm", "vllm", "openai"), "clients": {}}
+    """sys.argv: the Python that has the course's packages, which runs the server; names of clients.
+
+    Without names all of them.
+    """
+    result = {"clients": {}}
+    if (DATA / "clients.json").exists():
+        result = json.loads((DATA / "clients.json").read_text(encoding="utf-8"))
+    result |= {"hardware": hardware(), "command": "make test-clients",
+               "date": datetime.date.today().isoformat(),
+               "versions": versions(*CLIENTS.values())}
     with tempfile.TemporaryDirectory() as folder, ServerProcess(
             [sys.argv[1], "-m", "cbserver", "--model", "smollm2", "--max-len", "1024",
              "--api-key", KEY], f"{folder}/server.log") as server:
-        for client in (langchain, guidellm, agreement, vllm):
+        for client, package in CLIENTS.items():
             name = client.__name__
-            if name == "vllm" and not tool("vllm"):
-                print("vllm: not installed, so its load generator was not run", flush=True)
+            if sys.argv[2:] and name not in sys.argv[2:]:
+                continue
+            if version(package) is None:
+                print(f"{name}: skipped, {package} is not installed here", flush=True)
                 result["clients"][name] = "not installed"
                 continue
             print(f"{name}: ", end="", flush=True)
-            result["clients"][name] = client(server.url, folder)
+            did = client.__doc__.split("\n")[0].split(": ")[-1]
+            result["clients"][name] = {"version": version(package), "did": did,
+                                       **client(server.url, folder)}
             print(result["clients"][name], flush=True)
     write_json(result, DATA / "clients.json")
     print("figures/data/clients.json")

@@ -65,7 +65,7 @@ class Sequence:
     arrival_time: float = field(default_factory=time.perf_counter)
     admission_time: float | None = None  # when it began to run
     token_times: list[float] = field(default_factory=list)
-    logprobs: list = field(default_factory=list)  # a TokenLogprob a token, if asked for
+    logprobs: list = field(default_factory=list)  # how likely each was, if its client asks
 
     @property
     def last_token(self):
@@ -115,7 +115,7 @@ class Engine:
     max_waiting: requests that may wait; one more raises QueueFull.
     """
 
-    gives_logprobs = True
+    gives_logprobs = True  # it can tell how likely each token was
 
     def __init__(self, model, tokenizer, max_batch=1, max_len=None, max_waiting=256):
         self.model = model
@@ -246,7 +246,7 @@ def put_all(news):
 class SequentialEngine(Engine):
     """One request at a time through `model.generate()`: the baseline. A step serves a whole one."""
 
-    gives_logprobs = False  # a streamer is told of tokens only
+    gives_logprobs = False  # a streamer is told the tokens only
 
     def step(self):
         sequence = self.take()

@@ -51,11 +51,34 @@ def kind(part, schema):
     return text
 
 
+PACKAGES = {"langchain": "[LangChain](https://python.langchain.com), `ChatOpenAI`",
+            "litellm": "[litellm](https://github.com/BerriAI/litellm)",
+            "openai_node": "[openai for Node.js](https://github.com/openai/openai-node)",
+            "guidance": "[guidance](https://github.com/guidance-ai/guidance)",
+            "lm_eval": "[lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness)",
+            "guidellm": "[guidellm](https://github.com/vllm-project/guidellm)",
+            "vllm": "[`vllm bench serve`](https://docs.vllm.ai)"}
+
+
+def clients():
+    """A table of what `make test-clients` found."""
+    found = figures.load("clients")["clients"]
+    lines = ["| client | version | what was done | works |", "| --- | --- | --- | --- |"]
+    for name, title in PACKAGES.items():
+        result = found.get(name, "not installed")
+        if result == "not installed":
+            lines.append(f"| {title} | – | nothing: it was not installed | – |")
+        else:
+            lines.append(f"| {title} | {result['version']} | {result['did']} | yes |")
+    return "\n".join(lines)
+
+
 def filled(page):
-    """docs/api.md's text with the two tables of fields as they are now."""
+    """docs/api.md's text with its tables as they are now."""
     for name, model in (("completions", CompletionRequest), ("chat", ChatRequest)):
         table = ["| field | takes | default | |", "| --- | --- | --- | --- |", *rows(model)]
         page = figures.filled(page, name, "\n".join(table))
+    page = figures.filled(page, "clients", clients())
     names = ", ".join(f"`{name}`" for name in ELSEWHERE)
     return figures.filled(page, "elsewhere", f"{names}.")
 
