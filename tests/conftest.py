@@ -42,7 +42,9 @@ def received(sequence):
     async def read():
         return [token async for token in sequence.stream()]
 
-    return asyncio.run(asyncio.wait_for(read(), 10))
+    # Not asyncio.run: a lesson that ran in this process may have changed it.
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        return loop.run_until_complete(asyncio.wait_for(read(), 10))
 
 
 @contextlib.contextmanager
