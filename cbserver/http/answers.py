@@ -89,6 +89,7 @@ class Answer:
         self.index = index
         self.detokenizer = Detokenizer(tokenizer, prompt=sequence.prompt_tokens)
         self.reader = CallReader(self.params.call_format) if self.params.call_format else None
+        self.plain = self.reader is None and self.params.logprobs is None
         self.text = ""  # since the piece before
         if self.params.echo:
             self.text = self.detokenizer.decoder.text(sequence.prompt_tokens)
@@ -107,6 +108,8 @@ class Answer:
         """What came since the piece before, as a Piece."""
         text = self.text
         self.text = ""
+        if self.plain and finish_reason is None:  # as for most tokens
+            return Piece(text, None, self.count, self.index)
         calls = []
         if finish_reason:
             text += self.detokenizer.finish()
