@@ -89,8 +89,7 @@ def test_they_are_those_of_a_forward_pass_whoever_else_is_served(engine_class, r
 
 
 @runners
-def test_half_precision_gives_the_same_numbers_alone_and_in_company(runner, tiny):
-    """Where it promises the same answer (FastStep on a GPU); in float32 everywhere, to rounding."""
+def test_they_are_the_same_alone_and_in_company_to_rounding(runner, tiny):
     wish = dict(seed=3, length=20, max_tokens=8, logprobs=5, echo=True, temperature=0.0)
     others = [dict(wish, seed=i, length=5 + i, temperature=1.0) for i in range(5)]
 

@@ -111,6 +111,14 @@ def test_the_template_gets_the_tools_and_a_history_of_calls(tiny):
     assert CALL in text and "<tool>21 degrees" in text
 
 
+def test_a_history_of_calls_that_a_template_drops_is_a_400(tiny):
+    called = [{"function": {"name": "weather", "arguments": "{}"}}]
+    with serving(engine_that_says(tiny, "Yes.", "{{ messages[0].content }}")) as url:
+        answer = chat(url, tools=[], messages=[*QUESTION, {"role": "assistant",
+                                                           "tool_calls": called}])
+    assert answer.status_code == 400 and "leaves out tool_calls" in answer.text
+
+
 @pytest.mark.parametrize("template, words", [
     (PLAIN, "no place for tools"), (NONE_OF_OURS, "a format that this server cannot read")])
 def test_a_template_that_cannot_is_a_400(tiny, template, words):

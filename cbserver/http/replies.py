@@ -52,7 +52,8 @@ class Reply:
         said.calls += piece.calls
         said.finish_reason = piece.finish_reason
         if piece.logprobs is not None:
-            said.logprobs = [*(said.logprobs or []), *piece.logprobs]
+            said.logprobs = said.logprobs or []
+            said.logprobs += piece.logprobs
 
     def whole(self):
         """All answers."""

@@ -34,6 +34,9 @@ def chat_tokens(tokenizer, messages, template=None):
     if options.get("tools") and MARK not in render(tokenizer, turns, marked_tools(options)):
         raise APIError(400, "the model's chat template has no place for tools", "tools")
     prompt = render(tokenizer, turns, options)
+    called = [call["function"]["name"] for message in turns for call in message.get("tool_calls", [])]
+    if any(name not in prompt for name in called):
+        raise APIError(400, "messages: the model's chat template leaves out tool_calls", "messages")
     for role in {message["role"] for message in turns} - {"user", "assistant"}:
         if not shows(tokenizer, turns, role, options):
             raise APIError(400, "messages: the model's chat template leaves out what a message of "
