@@ -180,7 +180,8 @@ def test_echo_puts_the_prompt_first_and_its_logprobs_too(url, tiny):
     assert found["text_offset"][:3] == [0, *[len("".join(found["tokens"][:i])) for i in (1, 2)]]
     pieces = [event["choices"][0]["logprobs"]["tokens"] for event in events(
         post(url, prompt=[ids], max_tokens=3, logprobs=1, echo=True, stream=True).text)]
-    assert len(pieces[0]) == len(ids) + 1 and all(len(piece) == 1 for piece in pieces[1:])
+    assert len(pieces[0]) > len(ids)  # the prompt comes with the first token, or the first two
+    assert sum(map(len, pieces)) == len(ids) + 3
 
 
 def test_generate_has_no_logprobs_and_says_so(tiny, served):
