@@ -346,7 +346,7 @@ def run_http(case, requests):
     users = max(50, 2 * case["slots"])  # so that no slot waits for one
     command = python_module("cbserver", "--model", case["model"], "--max-batch", case["slots"],
                             "--max-len", case["max_len"], "--max-waiting", len(requests),
-                            "--prefill-budget", case["prefill_budget"])
+                            "--prefill-budget", case["prefill_budget"], "--no-prefix-reuse")
     me = psutil.Process()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ServerProcess(

@@ -52,7 +52,7 @@ def setting(options):
 
 def server_options(options):
     return ["--model", options.model, "--max-batch", options.slots, "--max-len", options.max_len,
-            *options.server_args.split()]
+            "--no-prefix-reuse", *options.server_args.split()]
 
 
 # The steps of a real server

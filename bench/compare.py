@@ -32,12 +32,13 @@ from load.process import (
 )
 from load.run import add_load_options, cpu_curve, cpu_share, exit_with, read_records, run_load
 
+# Every request reads its own prompt, so that only the batching differs.
 ARMS = {
     "sequential": ["--engine", "sequential"],
     "static": ["--engine", "static"],
-    "continuous": ["--engine", "continuous"],
+    "continuous": ["--engine", "continuous", "--no-prefix-reuse"],
     # Batching taken away and nothing else: the rest of a ratio to `sequential` is faster kernels.
-    "one-slot": ["--engine", "continuous", "--max-batch", "1"],
+    "one-slot": ["--engine", "continuous", "--no-prefix-reuse", "--max-batch", "1"],
 }
 SPEEDS = ["tokens_per_s", "requests_per_s", *(f"{name}_ms" for name in LATENCIES)]
 POINTS = 120  # of a utilisation curve on disk

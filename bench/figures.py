@@ -5,7 +5,7 @@ import statistics
 
 import matplotlib
 
-from bench import ladder, report, soak
+from bench import ladder, prefix, report, soak
 from bench.capacity import validation_table
 from bench.http import event_text, http_figure, http_table
 from bench.invariance import invariance_table
@@ -147,6 +147,17 @@ def http_text():
         f"clients in four processes, closed loop, medians of {repeats} fresh servers with "
         f"{real['date']}'s versions: {versions}. {real.get('note', '')} {commands}.",
         event_text(load("http-cpu"))])
+
+
+def prefix_results():
+    """bench.prefix's results, a CPU's first."""
+    return [result for result in (load("prefix-cpu"), load("prefix-h100")) if result]
+
+
+def prefix_text():
+    """What prefix reuse brings to conversations."""
+    return "\n\n".join(["![TTFT of each turn, with and without](figures/prefix.png)",
+                        *[prefix.table(result) for result in prefix_results()]])
 
 
 def imitation_text():
@@ -316,7 +327,8 @@ def filled(page, name, text):
 PAGES = {
     "README.md": {"headline": headline_text, "engine": engine_text},
     "docs/benchmarks.md": {"numbers": numbers, "ladder": ladder_text, "http": http_text,
-                           "invariance": invariance_text, "imitation": imitation_text},
+                           "invariance": invariance_text, "prefix": prefix_text,
+                           "imitation": imitation_text},
     "docs/load-testing.md": {"guidellm": guidellm_text},
     "docs/operating.md": {"soak": soak_text, "models": models_text},
     "docs/live-page.md": {"feed": feed_text},
@@ -347,6 +359,7 @@ def draw():
         if path.stem.count("-") == 1:  # the others are told in a sentence
             save(ladder.ladder_figure(load(path.stem)), path.stem)
     save(http_figure(load("http-h100")), "http-h100")
+    save(prefix.figure(prefix_results()), "prefix")
     soaked = load("soak-cpu")
     if soaked:
         save(soak.soak_figure(soaked), "soak-cpu")

@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TAUGHT = ("baseline", "sequence", "batch", "scheduler", "metrics", "server", "fast")
+TAUGHT = ("baseline", "sequence", "batch", "scheduler", "metrics", "server", "fast", "prefix")
 ENGINE = ("Sequence", "Engine", "SlotCache", "BatchRunner", "ContinuousEngine")
 LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER)
@@ -99,7 +99,7 @@ LAYERS = [["model.sampling", "model.attention", "model.random_llama", "metrics"]
           ["model.load", "model.logprobs"], ["baseline", "model.trial"], ["sequence"],
           ["batch", "http.errors", "http.replies", "http.text", "http.tools", "http.tunnel"],
           ["scheduler", "fast", "http.answers", "http.schema", "http.monitor", "http.doors"],
-          ["server", "process", "processes", "cli"],
+          ["prefix", "server", "process", "processes", "cli"],
           ["on_ray"]]
 
 

@@ -29,6 +29,8 @@ def parse(argv=None):
         help="number format of the weights (float32 on a CPU, else half precision)")
     add("--fast", action=argparse.BooleanOptionalAction,
         help="the fast step of the appendix (default: on a GPU)")
+    add("--prefix-reuse", action=argparse.BooleanOptionalAction,
+        help="do not read again what a slot holds of a prompt (default: in float32)")
     add("--invariant", action=argparse.BooleanOptionalAction,
         help="with --fast: the same answer at any load (default: for up to 64 at once)")
     add("--request-timeout", type=float, default=600,
@@ -51,6 +53,8 @@ def parse(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     if not 0 < args.port < 65536:
         parser.error("--port must be 1 to 65535")
+    if args.prefix_reuse and args.engine != "continuous":
+        parser.error("--prefix-reuse needs --engine continuous")
     if args.http_processes < 0:
         parser.error("--http-processes must be 0 or more")
     if args.http_processes and not hasattr(socket, "SO_REUSEPORT"):

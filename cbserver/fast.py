@@ -290,8 +290,9 @@ class FastStep(BatchRunner):
         start = sequence.position
         piece = sequence.prompt_tokens[start:end]
         width = fit(self.widths, len(piece))
-        if start > 0:
-            width = min(PIECE, self.cache.max_len - start)
+        if start in self.starts:
+            width = PIECE  # as it is recorded
+        width = min(width, self.cache.max_len - start)
         padded = piece + [0] * (width - len(piece))
         self.prompt[0, :width] = upload(padded, self.device)
         self.slot.fill_(sequence.slot)

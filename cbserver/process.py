@@ -18,6 +18,7 @@ from .fast import FastStep
 from .http.doors import with_direct_send
 from .model.load import fit_slots, load_model
 from .model.trial import check_served
+from .prefix import PrefixEngine
 from .scheduler import ContinuousEngine
 from .sequence import SequentialEngine
 
@@ -94,13 +95,17 @@ def build_engine(args, engine_class=None):
         return SequentialEngine(model, tokenizer, 1, args.max_len, args.max_waiting)
     check_served(model, BatchRunner)
     batch, max_len = fit_slots(model, args.max_batch, args.max_len)
+    exact = model.dtype == torch.float32
+    reuse = exact if args.prefix_reuse is None else args.prefix_reuse
+    if reuse and engine_class is ContinuousEngine:
+        engine_class = PrefixEngine
     fast = model.device.type == "cuda" if args.fast is None else args.fast
     runner = functools.partial(FastStep, invariant=args.invariant) if fast else BatchRunner
     engine = engine_class(model, tokenizer, batch, max_len, args.max_waiting, args.prefill_budget,
                           runner)
-    if model.dtype != torch.float32 and not getattr(engine.runner, "invariant", False):
-        print("In half precision an answer may depend on who else is served: "
-              "the rounding changes with the batch.", flush=True)
+    if not exact and (reuse or not getattr(engine.runner, "invariant", False)):
+        print("In half precision an answer may depend on who else is served: the rounding changes "
+              "with the batch, and with what is reused.", flush=True)
     return engine
 
 

@@ -92,10 +92,7 @@ class Hub:
         for sequence, token in news:
             said = sequence.finish_reason if token is None else token
             parcel = parcels.setdefault(sequence.pipe, [])
-            if token is None or not sequence.logprobs:
-                parcel.append((sequence.number, said))
-            else:
-                parcel.append((sequence.number, said, logprobs_of_last(sequence)))
+            parcel.append((sequence.number, said, *beside(sequence, token)))
         for pipe, parcel in parcels.items():
             self.send(pipe, parcel)
 
@@ -146,11 +143,15 @@ class Hub:
         self.send(pipe, {"answer": answers[name]()})
 
 
-def logprobs_of_last(sequence):
-    """Those that came with its last token; with the first one come its prompt's."""
-    if len(sequence.generated_tokens) == 1:
-        return sequence.logprobs
-    return sequence.logprobs[-1:]
+def beside(sequence, token):
+    """What goes with a token: usually nothing, else (log-probabilities, cached tokens).
+
+    With the first token come its prompt's log-probabilities too.
+    """
+    first = len(sequence.generated_tokens) == 1
+    if token is None or not (sequence.logprobs or first and sequence.cached_tokens):
+        return ()
+    return (sequence.logprobs if first else sequence.logprobs[-1:]), sequence.cached_tokens
 
 
 # In each process for HTTP
@@ -252,13 +253,14 @@ class RemoteEngine:
 
     def deliver(self, news):
         """Put each token on its sequence's queue; a text in its place is why it has ended."""
-        for number, said, *logprobs in news:
+        for number, said, *beside in news:
             sequence = self.sequences.get(number)
             if sequence is None:  # it was aborted meanwhile
                 continue
             if isinstance(said, int):
-                for found in logprobs:
-                    sequence.logprobs += found
+                if beside:
+                    logprobs, sequence.cached_tokens = beside
+                    sequence.logprobs += logprobs
                 sequence.generated_tokens.append(said)
                 sequence.queue.put_nowait(said)
             else:

@@ -60,6 +60,7 @@ class Sequence:
     status: Status = Status.WAITING
     slot: int | None = None  # its row of the KV tensor
     position: int = 0  # how many of its tokens have been read
+    cached_tokens: int = 0  # how many of those a slot held already (appendix on prefix reuse)
     finish_reason: str | None = None  # "stop", "length", "abort", "timeout" or "error"
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)  # its client's tokens, then None
     arrival_time: float = field(default_factory=time.perf_counter)
@@ -104,6 +105,7 @@ class EngineStats(NamedTuple):
     steps: int
     prompt_tokens: int
     generated_tokens: int
+    cached_tokens: int = 0  # of the prompts: what a slot held already (appendix on prefix reuse)
 
 
 class Engine:

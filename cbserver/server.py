@@ -98,8 +98,7 @@ async def respond(request, body, sequences, chat):
     "Answer as a stream, or as a whole."
     app = request.app
     engine = app.state.engine
-    prompt_length = sum(len(s.prompt_tokens) for s in sequences[::body.n])
-    reply = Reply(app.state.model_name, prompt_length, chat)
+    reply = Reply(app.state.model_name, sequences[::body.n], chat)
     number = app.state.feed.number(sequences[0])
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": reply.id,
                "X-Request-Number": str(number)}

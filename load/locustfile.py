@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the `locust` 
 
 from cbserver.metrics import RequestRecord  # noqa: E402
 from load.process import SKIP_WARNING, first_model  # noqa: E402
-from load.workload import NAMES, arrivals, stream  # noqa: E402
+from load.workload import NAMES, arrivals, conversations, stream  # noqa: E402
 
 # Locust rounds to two digits to keep its histogram small; whole milliseconds are small enough here.
 locust.stats.bucket_response_time = round
@@ -89,8 +89,8 @@ def finish(environment, **_):
 class Load:
     """What all users share: one stream of requests, one file of records, and when to stop.
 
-    Of `workers` processes each takes every `workers`-th request of the one stream, and all write
-    into the one file. Times are seconds of `time.perf_counter`.
+    Of `workers` processes each takes every `workers`-th conversation of the one stream (a request
+    alone is one, too), and all write into the one file. Times are seconds of `time.perf_counter`.
     """
 
     def __init__(self, environment):
@@ -99,9 +99,10 @@ class Load:
         distributed = isinstance(environment.runner, WorkerRunner)
         self.workers = self.options.expect_workers if distributed else 1
         self.worker = environment.runner.worker_index if distributed else 0
-        requests = stream(self.options.workload, self.options.seed)
-        self.requests = itertools.islice(requests, self.worker, self.options.requests or None,
-                                         self.workers)
+        requests = itertools.islice(stream(self.options.workload, self.options.seed),
+                                    self.options.requests or None)
+        self.conversations = itertools.islice(conversations(requests), self.worker, None,
+                                              self.workers)
         host = environment.host or CompletionUser.host
         key = self.options.api_key
         self.model = self.options.model or first_model(host, key)
@@ -121,17 +122,22 @@ class Load:
         self.closed = None  # when the steady time was over
         self.ended = False
 
-    def take(self):
-        """(request, its start) of the one stream; the user that finds none left ends.
+    def take(self, user):
+        """(request, its start): the next turn of a user's conversation, or a new conversation's.
+
+        The user that finds none left ends.
 
         In an open loop the start is when the request was due, also if no user was free then: who
         counts from the sending hides the queue that a slow server makes.
         """
-        request = None if self.closed else next(self.requests, None)
-        if request is None:
+        if not user.turns:
+            user.said = []
+            user.turns = next(self.conversations, [])
+        if self.closed or not user.turns:
             if self.in_flight == 0:
                 self.end_test()
             raise StopUser
+        request = user.turns.pop(0)
         self.in_flight += 1
         if not self.options.rate:
             return request, time.perf_counter()
@@ -144,14 +150,18 @@ class Load:
         """A request that was taken is over, however it ended."""
         self.in_flight -= 1
 
-    def asked(self, request):
-        """(path, body) of the HTTP request for one request of the workload."""
+    def asked(self, request, said):
+        """(path, body) of the HTTP request for one request of the workload.
+
+        said: the messages of the conversation so far.
+        """
         body = {"model": self.model, "temperature": 0, "ignore_eos": True,
                 "max_tokens": request.max_tokens, "stream": True,
                 "stream_options": {"include_usage": True}}
-        if self.options.chat:
+        if self.options.chat or request.system:
             path = "/v1/chat/completions"
-            body["messages"] = [{"role": "user", "content": request.prompt}]
+            system = [{"role": "system", "content": request.system}] if request.system else []
+            body["messages"] = [*system, *said, {"role": "user", "content": request.prompt}]
         else:
             path = "/v1/completions"
             body["prompt"] = request.prompt
@@ -219,9 +229,14 @@ class CompletionUser(FastHttpUser):
     connection_timeout = 30.0  # seconds
     load: Load  # set when a test starts, one for all users
 
+    def __init__(self, environment):
+        super().__init__(environment)
+        self.turns = []  # of its conversation, still to send
+        self.said = []  # messages of its conversation so far
+
     @task
     def completion(self):
-        request, start = self.load.take()
+        request, start = self.load.take(self)
         record = RequestRecord(start=start, index=request.index)
         try:
             self.send(request, record)
@@ -231,11 +246,13 @@ class CompletionUser(FastHttpUser):
         if record.error:
             gevent.sleep(0.5)  # a server that refuses is not hammered
         else:
+            self.said += [{"role": "user", "content": request.prompt},
+                          {"role": "assistant", "content": record.text}]
             self.add_rows(record)
 
     def send(self, request, record):
         """Send one request and fill its record, as a success or a failure in Locust's table too."""
-        path, body = self.load.asked(request)
+        path, body = self.load.asked(request, self.said)
         with self.client.post(path, json=body, headers=self.load.headers, stream=True,
                               catch_response=True) as response:
             try:

@@ -3,14 +3,15 @@ import math
 import random
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import count, islice
 
 # Sixteen output lengths in tokens. Half are short and a quarter long: a batch that waits for its
 # longest member wastes most of its slots on such a mix, one that admits on every step does not.
 MIXED = [8, 10, 12, 14, 16, 18, 20, 24, 36, 44, 52, 64, 104, 112, 120, 128]
 LENGTHS = {"mixed": MIXED, "short": [16], "short-mixed": [2, 4, 4, 8, 8, 16, 32, 64]}
-NAMES = [*LENGTHS, "chat", "long-prompt", "fixed:INxOUT"]
+NAMES = [*LENGTHS, "chat", "chat-turns", "long-prompt", "fixed:INxOUT"]
+TURNS = 6  # of a conversation of chat-turns
 TOKENS_A_WORD = 1.3  # of these sentences, with the vocabularies in use
 
 ASKS = [
@@ -54,6 +55,8 @@ class Request:
     index: int
     prompt: str | list  # text, or token ids where the length must be exact
     max_tokens: int
+    system: str = ""  # the system prompt; with one, it is a turn of a conversation
+    turn: int = 0  # which one: from the second on, all earlier turns are sent again before it
 
 
 def workload(name="mixed", requests=64, seed=0):
@@ -67,12 +70,24 @@ def stream(name="mixed", seed=0):
     return (make(seed, i) for i in count())
 
 
+def conversations(requests):
+    """Yield the requests as lists: the turns of one conversation, or a single request."""
+    turns = []
+    for request in requests:
+        if turns and request.turn == 0:
+            yield turns
+            turns = []
+        turns.append(request)
+    if turns:
+        yield turns
+
+
 def maker(name):
     """(seed, index) -> Request. Raises ValueError for a name that there is not.
 
     mixed, short, short-mixed: questions of 16 to 64 tokens, see LENGTHS. chat: see chat_lengths.
-    long-prompt: mixed, and every 16th prompt has about 2,000 tokens. fixed:128x64: prompts of
-    exactly 128 token ids, 64 out.
+    chat-turns: conversations, see chat_turn. long-prompt: mixed, and every 16th prompt has about
+    2,000 tokens. fixed:128x64: prompts of exactly 128 token ids, 64 out.
     """
     if name in LENGTHS:
         return partial(question, name)
@@ -80,6 +95,8 @@ def maker(name):
         return partial(exact, *map(int, fixed.groups()))
     if name == "chat":
         return chat
+    if name == "chat-turns":
+        return chat_turn
     if name == "long-prompt":
         return long_prompt
     raise ValueError(f"No workload {name!r}; there are {', '.join(NAMES)}.")
@@ -94,6 +111,22 @@ def chat(seed, index):
     prompt_tokens, answer_tokens = chat_lengths(rng)
     words = round(prompt_tokens / TOKENS_A_WORD)
     return Request(index, essay(seed, index, words), answer_tokens)
+
+
+def chat_turn(seed, index):
+    """Conversations of TURNS turns over one system prompt of about 1,000 tokens, the same for all.
+
+    A turn asks with 16 to 64 tokens for an answer of 16 to 96.
+    """
+    rng = random.Random(f"chat-turns {seed} {index}")
+    return Request(index, prompt(seed, index), rng.randint(16, 96), system_prompt(seed),
+                   turn=index % TURNS)
+
+
+@cache
+def system_prompt(seed):
+    role = "You are a helpful assistant. These are examples of what people ask you. "
+    return role + essay(seed, -1, round(1000 / TOKENS_A_WORD))
 
 
 def chat_lengths(rng):

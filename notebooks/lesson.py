@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMOKE = os.environ.get("CB_SMOKE") == "1"  # tests run the lessons on a tiny random model
 LESSONS = ["one stream", "a queue", "one pass\nfor many", "continuous\nbatching", "load test",
            "serve and\nbenchmark"]
+APPENDICES = ["appendix:\nthe fast step", "appendix:\nprefix reuse"]
 PIP = [sys.executable, "-m", "pip", "install", "-q"]
 recorder = live.Recorder()
 export_module, restore = recorder.export_module, recorder.restore
@@ -70,13 +71,15 @@ def note_exports():
 
 
 def road_map(number):
-    """The six lessons as boxes, number `number` lit; 7: the appendix."""
+    """The six lessons as boxes, number `number` lit; 7, 8: the appendices, beside the six."""
     import matplotlib.pyplot as plt
 
-    names = LESSONS + (["appendix:\nthe fast step"] if number > len(LESSONS) else [])
+    names = list(LESSONS)
+    if number > len(LESSONS):
+        names.append(APPENDICES[number - len(LESSONS) - 1])
     figure, axes = plt.subplots(figsize=(1.5 * len(names), 0.9), layout="constrained")
     for x, name in enumerate(names):
-        lit = x + 1 == number
+        lit = x + 1 == min(number, len(names))
         axes.text(x, 0, f"{x + 1}\n{name}" if x < len(LESSONS) else name, ha="center", va="center",
                   fontsize=9, color="white" if lit else "#333333", linespacing=1.3,
                   bbox={"boxstyle": "round,pad=0.45", "fc": "#0072B2" if lit else "#e8e8e8",

@@ -104,7 +104,7 @@ def test_a_planted_mistake_makes_the_check_say_what_is_wrong(classroom, number, 
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("number", [p.name.split("_")[0] for p in LESSONS])
+@pytest.mark.parametrize("number", [p.stem for p in LESSONS])
 def test_an_exercise_says_not_yet_until_it_is_solved(classroom, capsys, number):
     found, said = cells(path_of(number)), {}
 
@@ -134,7 +134,7 @@ def test_a_lesson_has_two_to_four_exercises_and_predictions_before_its_measureme
     assert 2 <= len(stubs) <= 4
     heads = re.findall(r"### Exercise \w+\.\d · .+ \((?:★|☆)+, \d+ minutes\)", "\n".join(text))
     assert len(heads) == len(stubs), "### Exercise 4.1 · Its name (★★☆, 20 minutes)"
-    turns = re.findall(r"### Your turn \d\.\d · .+ \((?:★|☆)+, \d+ minutes\)", "\n".join(text))
+    turns = re.findall(r"### Your turn \w\.\d · .+ \((?:★|☆)+, \d+ minutes\)", "\n".join(text))
     assert len(turns) == sum("lesson.turn(" in s for s in text)
     assert "\n".join(text).count("<summary>Hint</summary>") == len(stubs) + len(turns)
     assert sum("**Predict**" in s for s in text) >= 3
@@ -148,7 +148,7 @@ def turns():
         for name in dict.fromkeys(name for name, *_ in found):
             planted = [mistake for mistake in found if mistake[0] == name]
             marks = [] if table == "lesson_04" else pytest.mark.slow
-            yield pytest.param(table.split("_")[1], name, planted, id=f"{table}-{name}",
+            yield pytest.param(table.removeprefix("lesson_"), name, planted, id=f"{table}-{name}",
                                marks=marks)
 
 

@@ -20,7 +20,7 @@ from bench import compare, report
 from cbserver.metrics import RequestRecord, summarize
 from load.process import LoadFailed, free_port, python_module
 from load.run import goodput, mean_in_flight, run_load, targets
-from load.workload import LENGTHS, arrivals, workload
+from load.workload import LENGTHS, arrivals, conversations, workload
 
 TTFT = 0.2  # seconds, planted
 GAP = 0.02
@@ -232,6 +232,33 @@ def test_measured_times_are_the_servers_own_within_5_ms_or_2_percent(serve, tmp_
     assert summary["itl_ms"]["p50"] == pytest.approx(1e3 * statistics.median(gaps), abs=5)
     seconds = max(times[-1] for _, times in pairs) - min(times[0] for _, times in pairs)
     assert summary["tokens_per_s"] == pytest.approx(24 * 16 / seconds, rel=0.02)
+
+
+def test_a_conversation_sends_what_was_really_answered_in_its_earlier_turns(serve, tmp_path):
+    bodies = []
+    records = run_load(serve(bodies=bodies, failures={3: "full"}, pack=8), tmp_path, users=2,
+                       spawn_rate=50, workload="chat-turns", requests=12)["records"]
+    answers = {r.index: r.text for r in records if not r.error}
+    asked = workload("chat-turns", 12)
+    assert len(bodies) == 12 and len(answers) == 11
+    for path, body in bodies:
+        assert path == "/v1/chat/completions"
+        system, *said = body["messages"]
+        request = next(r for r in asked if r.prompt == said[-1]["content"])
+        assert system == {"role": "system", "content": request.system}
+        earlier = [r for r in asked[request.index - request.turn:request.index]
+                   if r.index in answers]
+        assert [m["content"] for m in said[:-1]] == [
+            text for r in earlier for text in (r.prompt, answers[r.index])]
+        assert [m["role"] for m in said] == ["user", "assistant"] * len(earlier) + ["user"]
+    assert len({r.system for r in asked}) == 1 and len(asked[0].system.split()) > 700
+
+
+def test_users_share_whole_conversations_out_among_them():
+    requests = workload("chat-turns", 14)
+    assert [r.turn for r in requests] == [0, 1, 2, 3, 4, 5] * 2 + [0, 1]
+    assert [len(turns) for turns in conversations(requests)] == [6, 6, 2]
+    assert [len(turns) for turns in conversations(workload("short", 3))] == [1, 1, 1]
 
 
 def test_a_slow_start_is_in_ttft_and_a_stall_in_the_gaps(serve, tmp_path):

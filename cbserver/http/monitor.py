@@ -58,6 +58,10 @@ class Monitor:
         yield CounterMetricFamily("engine_steps", "steps of the engine", stats.steps)
         yield CounterMetricFamily("prompt_tokens", "prompt tokens admitted", stats.prompt_tokens)
         yield CounterMetricFamily("generation_tokens", "tokens generated", stats.generated_tokens)
+        yield CounterMetricFamily("prefix_cache_queries", "prompt tokens, with prefix reuse or not",
+                                  stats.prompt_tokens)
+        yield CounterMetricFamily("prefix_cache_hits", "those of them that a slot held already",
+                                  stats.cached_tokens)
 
     def refuse(self, status):
         """Count an answer other than 200."""

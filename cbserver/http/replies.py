@@ -32,12 +32,12 @@ class Said:
 class Reply:
     """The JSON shapes of a request's answers: as text, or as chat messages.
 
-    prompt_tokens: how many all prompts have together.
+    prompts: a sequence of each prompt.
     """
 
-    def __init__(self, model_name, prompt_tokens, chat):
+    def __init__(self, model_name, prompts, chat):
         self.chat = chat
-        self.prompt_tokens = prompt_tokens
+        self.prompts = prompts
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.base = {"id": self.id, "created": int(time.time()), "model": model_name}
         self.answers = {}  # index: Said
@@ -118,8 +118,11 @@ class Reply:
 
     def usage(self):
         count = sum(said.tokens for said in self.answers.values())
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": count,
-                "total_tokens": self.prompt_tokens + count}
+        prompt_tokens = sum(len(sequence.prompt_tokens) for sequence in self.prompts)
+        cached = sum(sequence.cached_tokens for sequence in self.prompts)
+        return {"prompt_tokens": prompt_tokens, "completion_tokens": count,
+                "total_tokens": prompt_tokens + count,
+                "prompt_tokens_details": {"cached_tokens": cached}}
 
     def logprobs(self, named, said):
         """NamedLogprobs as OpenAI's two routes show them; None stays None."""

@@ -1,0 +1,345 @@
+"""Prefix reuse: what a slot still holds is not read again, and no answer changes by a token."""
+import functools
+
+import pytest
+from conftest import by_hand, prompt, received, serving, serving_in_processes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_exact import ENDS, RUNNERS
+
+from cbserver import cli, prefix, process
+from cbserver.batch import BatchRunner
+from cbserver.model.sampling import SamplingParams
+from cbserver.prefix import PrefixEngine
+from cbserver.scheduler import ContinuousEngine
+from cbserver.sequence import Status
+
+FAMILIES = [prompt(100 + family, 40) for family in range(3)]  # what prompts begin with
+
+asks = st.fixed_dictionaries({
+    "after": st.integers(0, 9),  # steps, since the request before
+    "follows": st.none() | st.integers(0, 12),  # a conversation goes on: which answer it follows
+    "family": st.integers(0, 2),
+    "cut": st.integers(0, 40),  # how much of the family's text it begins with
+    "seed": st.integers(0, 5),
+    "length": st.integers(1, 12),  # tokens of its own
+    "max_tokens": st.integers(1, 12),
+    "cancel_after": st.none() | st.none() | st.integers(0, 8),  # steps
+})
+schedules = st.lists(asks, min_size=2, max_size=14)
+
+
+@functools.cache
+def runner(kind, model, slots, max_len):
+    """One for many engines: what an earlier schedule left in its slots must not matter."""
+    return RUNNERS[kind](model, slots, max_len)
+
+
+def make(tiny, kind="plain", slots=3, budget=512, engine_class=PrefixEngine):
+    engine = by_hand(engine_class(*tiny, max_batch=slots, max_len=96, prefill_budget=budget,
+                                  runner=functools.partial(runner, kind)))
+    engine.eos = ENDS
+    return engine
+
+
+def tokens_of(ask, sequences):
+    """An ask's prompt: a family's beginning, or an earlier conversation, and words of its own."""
+    own = prompt(ask["seed"], ask["length"])
+    if ask["follows"] is not None and sequences:
+        earlier = sequences[ask["follows"] % len(sequences)]
+        return [*earlier.prompt_tokens, *earlier.generated_tokens, *own][:80]
+    return FAMILIES[ask["family"]][:ask["cut"]] + own
+
+
+def check(engine, reference, schedule):
+    """Play a schedule; each answer is what `generate` makes of its prompt. Returns sequences."""
+    sequences = []
+    cancels = []
+
+    def step():
+        for steps, sequence in cancels:
+            if engine.steps >= steps:
+                engine.abort(sequence)
+        engine.step()
+        engine.steps += 1
+        sitting = sorted(s.slot for s in [*engine.running, *engine.past])
+        assert sitting == list(range(engine.max_batch)), "each slot has one owner, past or present"
+
+    for ask in schedule:
+        for _ in range(ask["after"]):
+            step()
+        tokens = tokens_of(ask, sequences)
+        sequence = engine.submit(tokens, SamplingParams(ask["max_tokens"]))
+        sequences.append(sequence)
+        if ask["cancel_after"] is not None:
+            cancels.append((engine.steps + ask["cancel_after"], sequence))
+    for _ in range(400):
+        if not (engine.waiting or engine.running):
+            break
+        step()
+    for sequence in sequences:
+        want = reference(sequence.prompt_tokens, sequence.params.max_tokens)
+        ends = [i + 1 for i, token in enumerate(want) if token in ENDS]
+        want = want[:ends[0]] if ends else want
+        tokens = received(sequence)
+        assert tokens == sequence.generated_tokens
+        assert tokens == (want[:len(tokens)] if sequence.finish_reason == "abort" else want)
+    return sequences
+
+
+@pytest.mark.parametrize("kind", RUNNERS)
+def test_any_schedule_with_shared_beginnings_gives_each_request_its_own_tokens(kind, tiny,
+                                                                               reference):
+    @settings(max_examples=40, deadline=None)
+    @given(schedules, st.sampled_from([512, 25, 6]), st.integers(1, 3))
+    def holds(schedule, budget, slots):
+        check(make(tiny, kind, slots, budget), reference, schedule)
+
+    holds()
+
+
+def serve(engine, *prompts, max_tokens=8, **params):
+    """All of them at once, to their ends."""
+    sequences = [engine.submit(tokens, SamplingParams(max_tokens, ignore_eos=True, **params))
+                 for tokens in prompts]
+    for _ in range(200):
+        if all(s.status is Status.FINISHED for s in sequences):
+            break
+        engine.step()
+    return sequences
+
+
+SYSTEM = prompt(100, 40)
+
+
+def talk(engine, turns=3, system=SYSTEM):
+    """A conversation of so many turns; returns their sequences."""
+    said = list(system)
+    done = []
+    for turn in range(turns):
+        [sequence] = serve(engine, said + prompt(turn, 5))
+        said = sequence.prompt_tokens + sequence.generated_tokens
+        done.append(sequence)
+    return done
+
+
+def test_a_conversation_reads_only_what_is_new(tiny, reference):
+    first, second, third = talk(make(tiny))
+    assert first.cached_tokens == 0
+    # All but the last answer's newest token, which nobody has read yet.
+    assert second.cached_tokens == len(first.prompt_tokens) + 7
+    assert third.cached_tokens == len(second.prompt_tokens) + 7
+    assert third.slot == second.slot == first.slot == 0
+    assert third.generated_tokens == reference(third.prompt_tokens, 8)
+
+
+def test_users_who_arrive_together_read_their_system_prompt_once(tiny, reference):
+    engine = make(tiny, budget=25)
+    users = serve(engine, *[SYSTEM + prompt(seed, 6) for seed in range(3)])
+    assert [user.cached_tokens for user in users] == [0, 40, 40]
+    assert engine.stats().cached_tokens == 80
+    for user in users:
+        assert user.generated_tokens == reference(user.prompt_tokens, 8)
+
+
+def test_a_newcomer_does_not_cost_a_conversation_its_slot_while_others_are_older(tiny):
+    engine = make(tiny)
+    [first, second] = talk(engine, 2)
+    [other] = serve(engine, SYSTEM + prompt(7, 6))  # it shares the system prompt
+    assert other.cached_tokens == 40
+    [third] = serve(engine, second.prompt_tokens + second.generated_tokens + [1, 2])
+    assert third.cached_tokens == len(second.prompt_tokens) + 7
+
+
+def test_the_least_recently_used_is_given_up(tiny):
+    engine = make(tiny)
+    texts = [prompt(seed, 20) for seed in range(4)]
+    for text in texts:  # the fourth one takes the place of the first
+        serve(engine, text)
+    found = [serve(engine, text + [1, 2])[0].cached_tokens for text in (texts[1], texts[3])]
+    assert found == [20 + 0, 20 + 0] and serve(engine, texts[0] + [1])[0].cached_tokens == 0
+
+
+def test_one_user_alone_stays_in_the_lowest_slot(tiny):
+    engine = make(tiny)
+    for seed in range(7):
+        [sequence] = serve(engine, prompt(seed % 4, 20))
+        assert sequence.slot == 0
+
+
+def test_the_same_prompt_again_reads_its_last_token_only(tiny, reference):
+    engine = make(tiny)
+    texts = [prompt(3, 30)] * 2
+    [once] = serve(engine, texts[0])
+    [again] = serve(engine, texts[1])
+    assert again.cached_tokens == 29
+    assert again.generated_tokens == once.generated_tokens == reference(texts[0], 8)
+
+
+def test_a_prompt_whose_tokens_are_asked_about_is_read_whole(tiny):
+    engine = make(tiny)
+    text = prompt(3, 30)
+    serve(engine, text)
+    [asked] = serve(engine, text, echo=True, logprobs=1)
+    assert asked.cached_tokens == 0 and len(asked.logprobs) == 30 + 8
+    [chosen] = serve(engine, text, logprobs=1)
+    assert chosen.cached_tokens == 29 and len(chosen.logprobs) == 8
+
+
+def test_who_leaves_before_its_prompt_is_read_leaves_what_it_read(tiny, reference):
+    engine = make(tiny, slots=1, budget=6)
+    gone = engine.submit(SYSTEM, SamplingParams(8))
+    engine.step()
+    engine.step()
+    engine.abort(gone)
+    [next_one] = serve(engine, SYSTEM + [1])
+    assert next_one.cached_tokens == 12
+    assert next_one.generated_tokens == reference(SYSTEM + [1], 8)
+
+
+# Planted bugs: the check must notice each
+
+
+BUSY = [{"after": 3 * (i % 3), "follows": i - 2 if i % 4 == 3 else None, "family": i % 2,
+         "cut": 10 + 5 * (i % 7), "seed": i % 5, "length": 1 + 3 * i % 8,
+         "max_tokens": 4 + 3 * i % 9, "cancel_after": None} for i in range(14)]
+
+
+def caught(tiny, reference, engine_class=PrefixEngine, kind=None):
+    engine = make(tiny, engine_class=engine_class)
+    if kind is not None:
+        engine.runner = kind(tiny[0], 3, 96)
+    try:
+        check(engine, reference, BUSY)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_without_a_bug_the_busy_schedule_is_right_and_reuses(tiny, reference):
+    sequences = check(make(tiny), reference, BUSY)
+    assert sum(s.cached_tokens > 0 for s in sequences) >= 6
+    assert not caught(tiny, reference)
+
+
+def test_one_token_too_many_is_noticed(tiny, reference, monkeypatch):
+    right = prefix.shared
+    monkeypatch.setattr(prefix, "shared", lambda sequence, text: min(
+        len(text), right(sequence, text) + 1) if sequence.prompt_tokens else 0)
+    assert caught(tiny, reference)
+
+
+def test_the_newest_tokens_missing_key_is_noticed(tiny, reference, monkeypatch):
+    monkeypatch.setattr(prefix, "with_keys",
+                        lambda s: len(s.prompt_tokens) + len(s.generated_tokens))
+    assert caught(tiny, reference)
+
+
+def test_a_copy_into_the_wrong_slot_is_noticed(tiny, reference):
+    class Wrong(PrefixEngine):
+        def reuse(self, sequence, holders):
+            right = sequence.slot
+            sequence.slot = (right + 1) % self.max_batch
+            super().reuse(sequence, holders)
+            sequence.slot = right
+
+    assert caught(tiny, reference, Wrong)
+
+
+def test_a_running_owners_slot_taken_over_is_noticed(tiny, reference):
+    class Robber(PrefixEngine):
+        def choose(self, text):
+            running = [s for s in self.running[:-1] if prefix.shared(s, text)]
+            if running:  # the keys of a runner are swapped away under it
+                self.past.append(running[0])
+                return running[0]
+            return super().choose(text)
+
+    assert caught(tiny, reference, Robber)
+
+
+def test_a_swap_that_leaves_the_keys_behind_is_noticed(tiny, reference):
+    class Forgets(PrefixEngine):
+        def swap(self, a, b):
+            a.slot, b.slot = b.slot, a.slot
+
+    assert caught(tiny, reference, Forgets)
+
+
+def test_an_idle_row_that_writes_into_a_kept_slot_is_noticed(tiny, reference):
+    class Careless(BatchRunner):
+        def rows(self, sequences):
+            tokens, positions = super().rows(sequences)
+            return tokens, positions.where(positions < self.cache.max_len - 1, 2)
+
+    assert caught(tiny, reference, kind=Careless)
+
+
+# Over HTTP
+
+
+@pytest.fixture(scope="module", params=["a thread", "processes"])
+def url(request, tiny):
+    way = serving if request.param == "a thread" else serving_in_processes
+    with way(PrefixEngine(*tiny, max_batch=3, max_len=512)) as url:
+        yield url
+
+
+def usage(url, **body):
+    import httpx
+
+    answer = httpx.post(f"{url}/v1/completions", json={"max_tokens": 4, **body}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    if not body.get("stream"):
+        return answer.json()["usage"]
+    import json
+
+    events = [json.loads(line[6:]) for line in answer.text.splitlines()
+              if line.startswith("data: {")]
+    return events[-1]["usage"]
+
+
+def test_usage_says_how_much_was_cached_and_metrics_count_it(url):
+    import httpx
+
+    text = prompt(55, 60)
+    assert usage(url, prompt=text)["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert usage(url, prompt=text)["prompt_tokens_details"] == {"cached_tokens": 59}
+    streamed = usage(url, prompt=text, stream=True, stream_options={"include_usage": True})
+    assert streamed["prompt_tokens_details"] == {"cached_tokens": 59}
+    several = usage(url, prompt=text, n=3)
+    assert several["prompt_tokens"] == 60
+    assert several["prompt_tokens_details"] == {"cached_tokens": 59}
+    asked = usage(url, prompt=text, logprobs=1)
+    assert asked["prompt_tokens_details"] == {"cached_tokens": 59}
+    lines = dict(line.split() for line in httpx.get(f"{url}/metrics").text.splitlines()
+                 if line.startswith("prefix_cache") and "created" not in line)
+    queries, hits = (float(lines[f"prefix_cache_{name}_total"]) for name in ("queries", "hits"))
+    assert queries == 60 * 7 and hits == 59 * 6
+
+
+# The command line
+
+
+def build(*arguments):
+    return process.build_engine(cli.parse(["--model", "random:tiny", "--max-len", "96",
+                                           *arguments]))
+
+
+@pytest.mark.parametrize("arguments, engine_class", [
+    ([], PrefixEngine), (["--no-prefix-reuse"], ContinuousEngine),
+    (["--dtype", "bfloat16"], ContinuousEngine),
+    (["--dtype", "bfloat16", "--prefix-reuse"], PrefixEngine)])
+def test_it_is_on_in_float32_and_off_in_half_precision(arguments, engine_class):
+    assert type(build(*arguments)) is engine_class
+
+
+def test_half_precision_says_what_reuse_does_to_answers(capsys):
+    build("--dtype", "bfloat16", "--prefix-reuse", "--fast")
+    assert "with what is reused" in capsys.readouterr().out
+
+
+def test_other_engines_have_no_prefix_reuse_and_say_so(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["--engine", "static", "--prefix-reuse"])
+    assert "--prefix-reuse needs --engine continuous" in capsys.readouterr().err
