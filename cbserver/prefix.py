@@ -101,12 +101,11 @@ class PrefixEngine(ContinuousEngine):
         sequence.cached_tokens += end - start
         self.cached_tokens += end - start
 
-    def read_prompts(self):
+    def read(self, sequence, left):
         """As ContinuousEngine's; but first, copy what others have read meanwhile."""
-        for sequence in self.running:
-            if sequence.position < len(sequence.prompt_tokens):
-                self.reuse(sequence, [*self.running, *self.past])
-        super().read_prompts()
+        if sequence.position < len(sequence.prompt_tokens):
+            self.reuse(sequence, [*self.running, *self.past])
+        return super().read(sequence, left)
 
     def stats(self):
         return super().stats()._replace(cached_tokens=self.cached_tokens)

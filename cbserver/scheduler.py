@@ -47,21 +47,25 @@ class ContinuousEngine(Engine):
                 self.take(slot)
 
     def read_prompts(self):
-        """Read prompts piece by piece until this turn's budget is used, the first ones first.
+        """Read prompts until this turn's budget is used, the first ones first."""
+        left = self.prefill_budget
+        for sequence in self.running:
+            left -= self.read(sequence, left)
+
+    def read(self, sequence, left):
+        """Read its prompt piece by piece, at most `left` tokens of it; returns how many.
 
         A piece that does not fit any more waits for the next turn: it is never cut, so that its
         size depends on its own prompt only, not on who else is there.
         """
-        left = self.prefill_budget
-        for sequence in self.running:
+        begin = sequence.position
+        while sequence.position < len(sequence.prompt_tokens):
             unread = len(sequence.prompt_tokens) - sequence.position
-            while unread > 0:
-                piece = min(unread, PIECE, self.prefill_budget)
-                if piece > left:
-                    break
-                self.runner.prefill(sequence, sequence.position + piece)
-                left -= piece
-                unread -= piece
+            piece = min(unread, PIECE, self.prefill_budget)
+            if sequence.position + piece > begin + left:
+                break
+            self.runner.prefill(sequence, sequence.position + piece)
+        return sequence.position - begin
 
     def decoding(self):
         """The running sequences whose prompts are read."""

@@ -23,13 +23,12 @@ MISTAKES = [
      "Does evict know?", SLOW),
     ("04", "s6", "c16", ("        self.evict()\n", "        if self.waiting:\n"
                          "            self.evict()\n"), "stop() never ends", SLOW),
-    ("04", "b5", "c16", ("        left = self.prefill_budget\n"
-                         "        for sequence in self.running:\n",
-                         "        for sequence in self.running:\n"
-                         "            left = self.prefill_budget\n"), "not for each", SLOW),
-    ("04", "b5", "c16", ("                if piece > left:\n                    break\n",
-                         "                piece = min(piece, left)\n"
-                         "                if piece == 0:\n                    break\n"),
+    ("04", "b5", "c16", ("            left -= self.read(sequence, left)\n",
+                         "            self.read(sequence, left)\n"), "not for each", SLOW),
+    ("04", "b5", "c16", ("            if sequence.position + piece > begin + left:\n"
+                         "                break\n",
+                         "            piece = min(piece, begin + left - sequence.position)\n"
+                         "            if piece == 0:\n                break\n"),
      "it is never cut", SLOW),
     ("04", "c24", "c20", ("for tokens, count in requests:", "for tokens, count in requests[::-1]:"),
      "request 0", SLOW - {"s8"}),
@@ -52,16 +51,16 @@ TURNS = [
     ("ContinuousEngine.admit", "t2a", "t2b", ("range(self.max_batch)",
                                               "reversed(range(self.max_batch))"),
      "in the order they came"),
-    ("ContinuousEngine.read_prompts", "t3a", "t3b", ("                left -= piece\n", ""),
+    ("ContinuousEngine.read", "t3a", "t3b", ("begin + left", "sequence.position + left"),
      "and the budget is 40"),
-    ("ContinuousEngine.read_prompts", "t3a", "t3b",
+    ("ContinuousEngine.read", "t3a", "t3b",
      ("min(unread, PIECE, self.prefill_budget)", "min(unread, PIECE, left)"), "no tokens"),
-    ("ContinuousEngine.read_prompts", "t3a", "t3b",
+    ("ContinuousEngine.read", "t3a", "t3b",
      ("min(unread, PIECE, self.prefill_budget)", "min(unread, self.prefill_budget)"),
      "PIECE at most"),
-    ("ContinuousEngine.read_prompts", "t3a", "t3b",
-     ("                    break", "                    return"),
-     "then the 10 that fit too"),
+    ("ContinuousEngine.read", "t3a", "t3b",
+     ("return sequence.position - begin", "return sequence.position"),
+     "return how many were read just now"),
     ("ContinuousEngine.step", "t4a", "t4b", ("        self.read_prompts()\n", ""),
      "nothing was decoded"),
     ("ContinuousEngine.step", "t4a", "t4b", ("        self.evict()\n", ""), "who was not served"),
