@@ -343,3 +343,26 @@ def test_other_engines_have_no_prefix_reuse_and_say_so(capsys):
     with pytest.raises(SystemExit):
         cli.parse(["--engine", "static", "--prefix-reuse"])
     assert "--prefix-reuse needs --engine continuous" in capsys.readouterr().err
+
+
+# What bench.prefix makes of its runs
+
+
+def test_the_table_shows_medians_of_each_arm_and_the_pairs_ratio():
+    from bench import prefix as bench
+
+    def row(arm, ms, speed):
+        return {"arm": arm, "failures": 0, "tokens_per_s": speed, "reused": 0.5,
+                "first": {"p50": 900, "p99": 990}, "later": {"p50": ms, "p99": 2 * ms},
+                "turns_p50": [900, ms]}
+
+    result = {"model": "m", "hardware": "h", "slots": 4, "conversations": 8, "turns": 2,
+              "command": "c", "pairs": [{"without": 10, "with reuse": 11},
+                                        {"without": 10, "with reuse": 9}],
+              "rows": [row("without", ms, 10) for ms in (800, 700, 900)]
+              + [row("with reuse", ms, 20) for ms in (90, 80, 70)]}
+    text = bench.table(result)
+    assert "| without | 900, 990 ms | 800, 1,600 ms | 10 | 50% |" in text
+    assert "| with reuse | 900, 990 ms | 80, 160 ms | 20 | 50% |" in text
+    assert "in 2 alternating pairs: 1.00 (0.90 to 1.10)" in text and "medians of 3" in text
+    assert len(bench.figure([result]).axes) == 1
