@@ -6,8 +6,6 @@
 __all__ = ['with_keys', 'shared', 'PrefixEngine']
 
 # %% ../notebooks/appendix_prefix_reuse.ipynb #c03
-from itertools import chain
-
 from .scheduler import ContinuousEngine
 from .sequence import Sequence, Status
 
@@ -24,12 +22,14 @@ def with_keys(sequence):
 # %% ../notebooks/appendix_prefix_reuse.ipynb #c12
 def shared(sequence, prompt):
     """How many tokens at a prompt's beginning have their keys in this sequence's slot."""
+    tokens = sequence.prompt_tokens + sequence.generated_tokens
+    most = min(with_keys(sequence), len(prompt))
     count = 0
-    for theirs, ours in zip(chain(sequence.prompt_tokens, sequence.generated_tokens), prompt):
-        if theirs != ours:
-            break
+    while count < most and tokens[count:count + 64] == prompt[count:count + 64]:
+        count += 64  # Python compares two lists faster than a loop does
+    while count < most and tokens[count] == prompt[count]:
         count += 1
-    return min(count, with_keys(sequence))
+    return min(count, most)
 
 
 class PrefixEngine(ContinuousEngine):
@@ -61,15 +61,18 @@ class PrefixEngine(ContinuousEngine):
             given_up = self.choose(sequence.prompt_tokens)
             self.swap(given_up, lowest)
             self.past.remove(given_up)
-            self.reuse(sequence, [given_up, *self.running, *self.past])
+            self.reuse(sequence, [given_up])
 
     def choose(self, prompt):
         """The past sequence to give up: one whose conversation goes on here, else the oldest."""
         earlier = [s for s in self.past if shared(s, prompt) >= len(s.prompt_tokens)]
-        return max(earlier, key=lambda s: len(s.prompt_tokens), default=self.past[0])
+        return max(earlier, key=lambda s: shared(s, prompt), default=self.past[0])
 
     def swap(self, a, b):
-        """Let two past sequences, with their keys and values, change slots."""
+        """Let two past sequences, with their keys and values, change slots.
+
+        A pass that is still under way may have one of them in it; nobody waits for its token.
+        """
         if a is b:
             return
         length = max(with_keys(a), with_keys(b))
@@ -82,7 +85,7 @@ class PrefixEngine(ContinuousEngine):
     def reuse(self, sequence, holders):
         """Begin behind the longest part of its prompt that one of the holders' slots has.
 
-        Its last token it reads itself: the next token's logits come from there.
+        Its last token it reads itself: FastStep learns from that pass what to decode first.
         """
         params = sequence.params
         if params.echo and params.logprobs is not None:
@@ -102,8 +105,8 @@ class PrefixEngine(ContinuousEngine):
         self.cached_tokens += end - start
 
     def read(self, sequence, left):
-        """As ContinuousEngine's; but first, copy what others have read meanwhile."""
-        if sequence.position < len(sequence.prompt_tokens):
+        """As ContinuousEngine's; but first, copy what a slot holds of it by now."""
+        if left > 0 and sequence.position < len(sequence.prompt_tokens):
             self.reuse(sequence, [*self.running, *self.past])
         return super().read(sequence, left)
 
