@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from bench import compare, figures, offline
+from bench import compare, figures, offline, prefix
 from bench.results import DATA
 
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -142,7 +142,7 @@ def anchors(text):
 
 
 def test_the_committed_data_names_arms_as_the_benchmark_does():
-    known = {*offline.CPU_ARMS, *offline.GPU_ARMS, *compare.ARMS}
+    known = {*offline.CPU_ARMS, *offline.GPU_ARMS, *compare.ARMS, *prefix.ARMS}
     for path in DATA.glob("*.json"):
         found = set(re.findall(r'"arm": "([^"]+)"', path.read_text()))
         assert found <= known, f"{path.name}: {found - known}"

@@ -200,7 +200,7 @@ def test_who_leaves_before_its_prompt_is_read_leaves_what_it_read(tiny, referenc
 # Planted bugs: the check must notice each
 
 
-BUSY = [{"after": 3 * (i % 3), "follows": i - 2 if i % 4 == 3 else None, "family": i % 2,
+BUSY = [{"after": (0, 3, 20)[i % 3], "follows": i - 2 if i % 4 == 3 else None, "family": i % 2,
          "cut": 10 + 5 * (i % 7), "seed": i % 5, "length": 1 + 3 * i % 8,
          "max_tokens": 4 + 3 * i % 9, "cancel_after": None} for i in range(14)]
 
