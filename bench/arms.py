@@ -49,11 +49,15 @@ def run_child(case, limit=900):
 
 
 def run_case(case):
-    """Its numbers: what a stall costs, what bounds a step, or how fast an arm is."""
+    """Its numbers: what a stall costs, what bounds a step, conversations, or how fast an arm is."""
     if case["arm"].startswith("stall:"):
         return run_stall(case)
     if case["arm"] == "roofline":
         return run_roofline(case)
+    if case["arm"].startswith("turns:"):
+        from bench import prefix
+
+        return prefix.run_case(case)
     return run_arm(case)
 
 

@@ -5,19 +5,26 @@
 Two servers in turn, one with and one without, each fresh: conversations of six turns over one
 system prompt, as many at once as there are slots (`load.run --workload chat-turns`). Then pairs of
 such servers under the workload `mixed`, whose prompts share nothing.
+
+With --alone the same without HTTP, in token ids, for models whose tokenizer is made up: fresh
+processes, each with the engine that the server would have.
 """
 import argparse
+import asyncio
 import datetime
+import random
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+from bench.arms import run_child
 from bench.results import command_line, hardware, order, versions, write_json
 from cbserver.metrics import percentile
 from load.process import ServerProcess, first_model, http, python_module, warm_up
 from load.run import exit_with, run_load
-from load.workload import TURNS
+from load.workload import TURNS, token_workload, vocabulary
 
 ARMS = {"without": "--no-prefix-reuse", "with reuse": "--prefix-reuse"}
 
@@ -49,14 +56,116 @@ def counters(url):
 
 def conversation_row(arm, options, say):
     """One run of the conversations. TTFT in ms: of first turns, of later ones, of each turn."""
+    if options.alone:
+        found = run_child(case_of(arm, options, "conversations"))
+        return {"arm": arm, "failures": 0, **found}
     requests = TURNS * options.conversations
     records, summary, reused = served(arm, options, "chat-turns", requests, say)
     by_turn = [[1e3 * r.ttft for r in records if not r.error and r.index % TURNS == turn]
                for turn in range(TURNS)]
+    return {"arm": arm, "failures": summary["failures"],
+            **numbers(by_turn, summary["tokens_per_s"], reused)}
+
+
+def numbers(by_turn, tokens_per_s, reused):
+    """What a row says. by_turn: TTFT in ms, a list for each turn."""
     later = [ttft for turn in by_turn[1:] for ttft in turn]
-    return {"arm": arm, "failures": summary["failures"], "tokens_per_s": summary["tokens_per_s"],
-            "reused": round(reused, 3), "first": spread(by_turn[0]), "later": spread(later),
+    return {"tokens_per_s": tokens_per_s, "reused": round(reused, 3),
+            "first": spread(by_turn[0]), "later": spread(later),
             "turns_p50": [round(percentile(turn, 50), 1) for turn in by_turn]}
+
+
+def unshared_speed(arm, options, say):
+    """Tokens/s of one run in which no prompt begins like another."""
+    if options.alone:
+        return run_child(case_of(arm, options, "unshared"))["tokens_per_s"]
+    _, summary, _ = served(arm, options, "mixed", options.requests, say)
+    return summary["tokens_per_s"]
+
+
+# Without HTTP, in a process of its own
+
+
+def case_of(arm, options, work):
+    """A run for `bench.arms`."""
+    names = ("model", "slots", "max_len", "conversations", "requests", "seed", "server_args")
+    return {"arm": f"turns:{arm}", "work": work} | {name: getattr(options, name) for name in names}
+
+
+def run_case(case):
+    """The numbers of one run, on the engine that the server would have."""
+    from cbserver import cli, process
+
+    arm = case["arm"].removeprefix("turns:")
+    arguments = ["--model", case["model"], "--max-batch", case["slots"], "--max-len",
+                 case["max_len"], "--max-waiting", case["requests"] + case["slots"],
+                 *case["server_args"].split(), ARMS[arm]]
+    sys.setswitchinterval(5e-4)  # as the server does
+    engine = process.load_engine(cli.parse(list(map(str, arguments))))
+    works = {"conversations": conversations, "unshared": unshared}
+    return asyncio.run(works[case["work"]](engine, case))
+
+
+async def conversations(engine, case):
+    """`slots` users, each with one conversation after another, over 1,000 tokens that all share."""
+    by_turn = [[] for _ in range(TURNS)]
+    left = iter(range(case["conversations"]))
+    system = ids(random.Random(f"system {case['seed']}"), 1000, case)
+
+    async def user():
+        for number in left:
+            said = system
+            for turn in range(TURNS):
+                rng = random.Random(f"turn {case['seed']} {number} {turn}")
+                question = ids(rng, rng.randint(16, 64), case)
+                sequence = await answered(engine, said + question, rng.randint(16, 96))
+                by_turn[turn].append(1e3 * (sequence.token_times[0] - sequence.arrival_time))
+                said = sequence.prompt_tokens + sequence.generated_tokens
+
+    stats, seconds = await timed(engine, [user() for _ in range(case["slots"])])
+    return numbers(by_turn, round(stats.generated_tokens / seconds, 1),
+                   stats.cached_tokens / stats.prompt_tokens)
+
+
+async def unshared(engine, case):
+    """All requests at once, 16 to 256 tokens in and out."""
+    requests = token_workload("uniform", case["requests"], case["seed"], 256,
+                              vocabulary(case["model"]))
+    stats, seconds = await timed(engine, [answered(engine, r.prompt_tokens, r.max_tokens)
+                                          for r in requests])
+    return {"tokens_per_s": round(stats.generated_tokens / seconds, 1)}
+
+
+async def timed(engine, work):
+    """(what the engine counted in it, its seconds); one request before it warms up."""
+    await engine.start()
+    await answered(engine, [1, 2, 3], 4)
+    before = engine.stats()
+    start = time.perf_counter()
+    await asyncio.gather(*work)
+    seconds = time.perf_counter() - start
+    after = engine.stats()
+    await engine.stop()
+    counted = {name: getattr(after, name) - getattr(before, name)
+               for name in ("prompt_tokens", "generated_tokens", "cached_tokens")}
+    return after._replace(**counted), seconds
+
+
+async def answered(engine, prompt, max_tokens):
+    """The sequence of a prompt, at its end."""
+    from cbserver.model.sampling import SamplingParams
+
+    sequence = engine.submit(prompt, SamplingParams(max_tokens, ignore_eos=True))
+    async for _ in sequence.stream():
+        pass
+    return sequence
+
+
+def ids(rng, count, case):
+    return [rng.randrange(vocabulary(case["model"])) for _ in range(count)]
+
+
+# All runs
 
 
 def spread(values):
@@ -66,7 +175,7 @@ def spread(values):
 def measure(options):
     """Everything, on disk after each run."""
     result = {"model": options.model, "hardware": hardware(), "slots": options.slots,
-              "conversations": options.conversations, "turns": TURNS,
+              "conversations": options.conversations, "turns": TURNS, "alone": options.alone,
               "versions": versions("torch", "transformers"), "command": options.command,
               "date": datetime.date.today().isoformat(), "rows": [], "pairs": []}
     plan = order(ARMS, options.repeats)
@@ -81,8 +190,7 @@ def measure(options):
         speeds = {}
         for arm in list(ARMS) if number % 2 == 0 else list(ARMS)[::-1]:
             say = labelled(f"[pair {number + 1}/{options.pairs}] nothing shared, {arm}")
-            _, summary, _ = served(arm, options, "mixed", options.requests, say)
-            speeds[arm] = summary["tokens_per_s"]
+            speeds[arm] = unshared_speed(arm, options, say)
             say(f"{speeds[arm]} tokens/s")
         result["pairs"].append(speeds)
         write_json(result, options.out)
@@ -123,9 +231,10 @@ def table(result):
                         for name in ("first", "later"))
         lines.append(f"| {arm} | {first} | {later} | {row['tokens_per_s']:,.0f} "
                      f"| {row['reused']:.0%} |")
+    what = "processes, without HTTP" if result.get("alone") else "servers"
     found = f"{result['conversations']} conversations of {result['turns']} turns, " \
             f"{result['slots']} at once on {result['slots']} slots, medians of " \
-            f"{medians(result)['without']['repeats']} fresh servers. {pairs_sentence(result)} " \
+            f"{medians(result)['without']['repeats']} fresh {what}. {pairs_sentence(result)} " \
             f"{result['model']} on {result['hardware']}, `{result['command']}`."
     return "\n".join([*lines, "", found])
 
@@ -174,6 +283,7 @@ def parse(arguments):
     add("--pairs", type=int, default=5)
     add("--processes", type=int, default=1, help="of Locust (1)")
     add("--seed", type=int, default=0)
+    add("--alone", action="store_true", help="without HTTP, in token ids")
     add("--server-args", default="", help="more options for the servers, as one string")
     add("--out", type=Path, default=Path("figures/latest/prefix.json"))
     options = parser.parse_args(arguments)

@@ -366,3 +366,13 @@ def test_the_table_shows_medians_of_each_arm_and_the_pairs_ratio():
     assert "| with reuse | 900, 990 ms | 80, 160 ms | 20 | 50% |" in text
     assert "in 2 alternating pairs: 1.00 (0.90 to 1.10)" in text and "medians of 3" in text
     assert len(bench.figure([result]).axes) == 1
+
+
+def test_a_run_without_http_reuses_all_of_a_conversation_but_what_is_new():
+    from bench.arms import run_child
+
+    case = {"model": "random:tiny", "slots": 2, "max_len": 2048, "conversations": 2,
+            "requests": 2, "seed": 0, "server_args": "", "work": "conversations"}
+    found = {arm: run_child(case | {"arm": f"turns:{arm}"}) for arm in ("without", "with reuse")}
+    assert found["without"]["reused"] == 0 and found["with reuse"]["reused"] > 0.8
+    assert len(found["with reuse"]["turns_p50"]) == 6
