@@ -72,7 +72,7 @@ def litellm(url, folder):
     where["model"] = "text-completion-openai/smollm2"
     several = client.text_completion(prompt=["One, two,", "Red, green,"], **where)
     assert len(several.choices) == 2
-    return {"answer": text, "usage": dict(whole.usage)}
+    return {"answer": text, "usage": whole.usage.model_dump()}
 
 
 def openai_node(url, folder):
