@@ -84,7 +84,8 @@ def test_an_answer_is_the_same_whole_and_streamed(url):
     whole = post(url).json()
     streamed = events(post(url, stream=True).text)
     assert whole["choices"][0]["text"] == "".join(c["choices"][0]["text"] for c in streamed)
-    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11,
+                              "prompt_tokens_details": {"cached_tokens": 0}}
     assert whole["choices"][0]["finish_reason"] == "length"
     assert all("usage" not in c for c in streamed), "usage is sent only when asked for"
 
@@ -279,6 +280,10 @@ def test_while_it_drains_it_is_alive_not_ready_and_finishes_what_it_has(tiny, re
                 while engine.stats().generated_tokens < 1 and not running.done():
                     await asyncio.sleep(0.01)
                 engine.close(None)
+                for _ in range(1000):  # processes for HTTP hear of it a moment later
+                    if (await session.get("/ready")).status_code == 503:
+                        break
+                    await asyncio.sleep(0.01)
                 answers = [await session.get("/health"), await session.get("/ready"),
                            await session.post("/v1/completions", json=body)]
                 go_on.set()
