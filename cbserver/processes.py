@@ -253,13 +253,13 @@ class RemoteEngine:
 
     def deliver(self, news):
         """Put each token on its sequence's queue; a text in its place is why it has ended."""
-        for number, said, *beside in news:
+        for number, said, *more in news:
             sequence = self.sequences.get(number)
             if sequence is None:  # it was aborted meanwhile
                 continue
             if isinstance(said, int):
-                if beside:
-                    logprobs, sequence.cached_tokens = beside
+                if more:
+                    logprobs, sequence.cached_tokens = more
                     sequence.logprobs += logprobs
                 sequence.generated_tokens.append(said)
                 sequence.queue.put_nowait(said)
