@@ -1,7 +1,7 @@
 """How many replicas for how many users: measure steps, fit a model, check it, plan with it.
 
     python -m bench.capacity measure --out figures/data/capacity-cpu.json
-    python -m bench.capacity plan figures/data/capacity-h100.json
+    python -m bench.capacity plan figures/data/capacity-h200.json
 """
 import argparse
 import functools

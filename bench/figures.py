@@ -14,6 +14,8 @@ from bench.offline import table
 from bench.plan import capacity_figure, plan_table
 from bench.results import DATA, ROOT
 
+GPU = "h200"  # whose data is drawn beside the CPU's: its name in figures/data/
+
 
 def load(name):
     """The committed data of that name as a dict; None if there is none."""
@@ -24,28 +26,28 @@ def load(name):
 def numbers():
     """bench.compare's results: a table, the ratios and the setting for each device."""
     tables = []
-    for device in ("cpu", "h100"):
+    for device in ("cpu", GPU):
         result = load(f"compare-{device}")
         if result:
             tables.append(comparison(result))
     if len(tables) > 1:  # the first one's figure stands above the block
-        tables[1] = f"![The same on an H100](figures/compare-h100.png)\n\n{tables[1]}"
+        tables[1] = f"![The same on a GPU](figures/compare-{GPU}.png)\n\n{tables[1]}"
     return "\n\n".join(tables)
 
 
 def headline_text():
-    """The arms on a CPU in a short table, and one line on the H100."""
+    """The arms on a CPU in a short table, and one line on the GPU."""
     cpu = load("compare-cpu")
-    h100 = load("compare-h100")
+    gpu = load(f"compare-{GPU}")
     lines = ["| 50 users | tokens/s | first token, median | whole answer, median |",
              "|---|---:|---:|---:|"]
     for name, arm in report.arms_of(cpu):
         lines.append(f"| {name} | {arm['tokens_per_s']:.0f} | {arm['ttft_ms']['p50'] / 1000:.1f} s "
                      f"| {arm['e2e_ms']['p50'] / 1000:.1f} s |")
-    speeds = {name: arm["tokens_per_s"] for name, arm in report.arms_of(h100)}
+    speeds = {name: arm["tokens_per_s"] for name, arm in report.arms_of(gpu)}
     best = speeds["continuous"]
-    on_h100 = f"{h100['model']} on {h100['hardware']}"
-    lines += ["", f"{cpu['model']} on {cpu['hardware']}. And {on_h100}: {best:,.0f} tokens/s, "
+    on_gpu = f"{gpu['model']} on {gpu['hardware']}"
+    lines += ["", f"{cpu['model']} on {cpu['hardware']}. And {on_gpu}: {best:,.0f} tokens/s, "
               f"{best / speeds['one-slot']:.1f} times the same engine with one slot, "
               f"{best / speeds['sequential']:.0f} times `generate()`."]
     return "\n".join(lines)
@@ -95,7 +97,7 @@ def engine_text():
 
 def invariance_text():
     """How many answers are the same at any load."""
-    result = load("invariance-h100")
+    result = load(f"invariance-{GPU}")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join([invariance_table(result), "", f"{result['model']} on {result['hardware']}, "
                       f"{versions}, `{result['command']}`. *Fixed*: all {result['slots']} slots in "
@@ -121,14 +123,14 @@ def models_text():
 def ladder_text():
     """bench.offline's results: a figure, a table and the setting for each device."""
     parts = []
-    for device in ("h100", "cpu"):
+    for device in (GPU, "cpu"):
         name = f"offline-{device}"
         result = load(name)
         if result:
             parts += [f"![Tokens per second of each rung](figures/{name}.png)", "",
                       table(result), "", setting(result), *more_text(device), ""]
     guesses = ", ".join(f"{arm} {speed:,.0f}"
-                        for arm, speed in ladder.predict(load("offline-h100")).items())
+                        for arm, speed in ladder.predict(load(f"offline-{GPU}")).items())
     parts.append(f"A prediction, not a measurement: on a T4 (320 GB/s) the same model of a step "
                  f"gives, in tokens/s at 16 slots, {guesses}; check it there with "
                  f"`{ladder.COMMAND}`.")
@@ -137,12 +139,12 @@ def ladder_text():
 
 def http_text():
     """What HTTP costs: with a real model on a GPU, and with none on a CPU."""
-    real = load("http-h100")
+    real = load(f"http-{GPU}")
     versions = ", ".join(f"{name} {version}" for name, version in real["versions"].items())
     commands = "; ".join(f"{name}: `{command}`" for name, command in real["commands"].items())
     repeats = 1 + max(row["repeat"] for row in real["rows"])
     return "\n\n".join([
-        "![Tokens per second of each way of serving](figures/http-h100.png)", http_table(real),
+        f"![Tokens per second of each way of serving](figures/http-{GPU}.png)", http_table(real),
         f"{real['model']} on {real['hardware']}, prompts and outputs of 16 to 256 tokens, raw "
         f"clients in four processes, closed loop, medians of {repeats} fresh servers with "
         f"{real['date']}'s versions: {versions}. {real.get('note', '')} {commands}.",
@@ -151,7 +153,7 @@ def http_text():
 
 def prefix_results():
     """bench.prefix's results, a CPU's first."""
-    return [result for result in (load("prefix-cpu"), load("prefix-h100")) if result]
+    return [result for result in (load("prefix-cpu"), load(f"prefix-{GPU}")) if result]
 
 
 def prefix_text():
@@ -246,7 +248,7 @@ def capacity_text():
     """The check of the simulation and the plan."""
     parts = []
     timed = []
-    for device in ("cpu", "h100"):
+    for device in ("cpu", GPU):
         result = load(f"capacity-{device}")
         if not result:
             continue
@@ -275,7 +277,9 @@ def check_sentence(result):
 
 def plan_sentence(plan):
     return (f"Replicas of this server that keep TTFT p99 under {plan['target_ms']:,.0f} ms for "
-            f"users who think {plan['think_s']:g} s (`{plan['command']}`):")
+            f"users who think {plan['think_s']:g} s. None is given more than "
+            f"{plan['checked_tokens_per_s']:,.0f} tokens/s, the heaviest load above at which the "
+            f"simulation was right (tokens/s to 10 %, TTFT p99 to 20 %) (`{plan['command']}`):")
 
 
 def more_text(device):
@@ -358,7 +362,7 @@ def draw():
     for path in sorted(DATA.glob("offline-*.json")):
         if path.stem.count("-") == 1:  # the others are told in a sentence
             save(ladder.ladder_figure(load(path.stem)), path.stem)
-    save(http_figure(load("http-h100")), "http-h100")
+    save(http_figure(load(f"http-{GPU}")), f"http-{GPU}")
     save(prefix.figure(prefix_results()), "prefix")
     soaked = load("soak-cpu")
     if soaked:

@@ -2,7 +2,7 @@
 
     python -m bench.http                                       writes figures/data/http-cpu.json
     python -m bench.http --model random:llama-3.2-1b --streams 16,64,128,256 --slots 256 \\
-        --clients 4 --requests 1024 --longest 256 --out figures/data/http-h100.json
+        --clients 4 --requests 1024 --longest 256 --out figures/data/http-h200.json
 
 Without --model the engine is ours and its runner sleeps `--step-ms` in place of a pass. So what is
 left is the way of a token to its client, and a CPU shows what it costs. Beside it is the floor: a

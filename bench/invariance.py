@@ -1,6 +1,6 @@
 """The same answer at any load: each request alone, beside 15 and beside 63 others, bit for bit.
 
-    python -m bench.invariance --out figures/data/invariance-h100.json     (a GPU)
+    python -m bench.invariance --out figures/data/invariance-h200.json     (a GPU)
 
 With FastStep as it is, which decodes all slots in every pass, and with rows padded to the next of
 a few sizes, as it was before: what fixed shapes bring, and what they cost, in one run.

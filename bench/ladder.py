@@ -17,8 +17,8 @@ NAMES = {"generate": "generate(), one at a time", "one-slot": "our engine, one s
          "continuous+fused": "… + joined weights, own forward pass",
          "continuous+graphs+fused+kernel": "… + our attention kernel",
          "http": "the server over HTTP, as shipped", "vllm": "vLLM"}
-# Data sheet; a copy reaches 87 % of it on an H100, prompts are taken to run at 40 % of the peak.
-T4 = {"gb_s": 320 * 0.87, "tflops": 65 * 0.4}
+# Data sheet; a copy reaches 86 % of it on an H200, prompts are taken to run at 40 % of the peak.
+T4 = {"gb_s": 320 * 0.86, "tflops": 65 * 0.4}
 WEIGHTS = 1.24e9  # of Llama-3.2-1B
 COMMAND = ("python -m bench.offline --model random:llama-3.2-1b --dtype float16 --slots 16 "
            "--arms continuous+graphs,continuous+graphs+fused+kernel "

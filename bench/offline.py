@@ -2,13 +2,14 @@
 
 One more arm, `http`, is the best of them behind the server, with 50 users or more: what HTTP costs.
 
-    python -m bench.offline --slots 16,64 --repeats 3 --out figures/data/offline-h100.json
+    python -m bench.offline --slots 16,64 --repeats 3 --out figures/data/offline-h200.json
 """
 import argparse
 import datetime
 import importlib.util
 import json
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -274,10 +275,13 @@ def fill_in(options, parser):
         else:
             options.arms.append("vllm")
     if options.out is None:
-        kind = "gpu" if gpu else "cpu"
-        if "H100" in hardware():
-            kind = "h100"
-        options.out = Path(f"figures/data/offline-{kind}.json")
+        options.out = Path(f"figures/data/offline-{short_name(hardware()) if gpu else 'cpu'}.json")
+
+
+def short_name(gpu):
+    """`h200` of `NVIDIA H200`, `t4` of `Tesla T4`: a name for files."""
+    found = re.search(r"\b[A-Z]+\d+\b", gpu)
+    return found[0].lower() if found else "gpu"
 
 
 def main(arguments=None):

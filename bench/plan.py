@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bench.results import write_json
 from bench.simulate import ROUTES, StepModel, simulate
@@ -31,6 +32,16 @@ def lengths_of(requests):
     return [(len(r.prompt_tokens), r.max_tokens) for r in requests]
 
 
+class Fare(NamedTuple):
+    """How a settled crowd fares. Seconds; busy: the share of all the time in which a replica
+    computes; tokens_per_s: of one replica."""
+
+    ttft_p99: float
+    answer_p50: float
+    busy: float
+    tokens_per_s: float
+
+
 @dataclass(frozen=True)
 class Planner:
     """How a crowd fares on many replicas. lengths: of the requests; think, target: seconds."""
@@ -41,14 +52,14 @@ class Planner:
     think: float
     target: float  # of p99 TTFT
     least: int = 20_000  # requests of a simulation
+    most: float = math.inf  # tokens/s of a replica: beyond it nobody has checked the simulation
 
     def enough(self, users):
         """Requests of a simulation that show how so many users fare."""
         return max(self.least, 4 * users)
 
     def try_out(self, users, replicas, route):
-        """(p99 TTFT, median time of an answer) once the crowd has settled, and the share of the
-        whole time, its beginning and end included, in which a replica computes."""
+        """How so many users fare, once the crowd has settled: a `Fare`."""
         run = simulate(self.model, self.lengths, users, self.enough(users), replicas, self.slots,
                        route=route, think=self.think)
         begin = (self.think + run.supplied) / 2  # everybody began with a thought
@@ -58,37 +69,44 @@ class Planner:
             if begin < start < run.supplied:
                 ttft.append(first - start)
                 took.append(end - start)
-        return percentile(ttft, 99), percentile(took, 50), run.busy
+        tokens = len(ttft) * statistics.fmean(wanted for _, wanted in self.lengths)
+        speed = tokens / (run.supplied - begin) / replicas
+        return Fare(percentile(ttft, 99), percentile(took, 50), run.busy, speed)
 
     def fewest(self, users, route, guess):
         """The smallest number of replicas that keeps the target, to 2 %: a dict for the table."""
         tried = {}
 
         def good(replicas):
-            tried[replicas] = self.try_out(users, replicas, route)
-            ttft = tried[replicas][0]
+            fare = tried[replicas] = self.try_out(users, replicas, route)
             print(f"{users:,} users, {route}, {replicas:,} replicas: p99 TTFT "
-                  f"{1e3 * ttft:,.0f} ms", flush=True)
-            if ttft > self.target and replicas > users:
-                raise LoadFailed(f"A replica for each user gives a p99 TTFT of {1e3 * ttft:,.0f} "
-                                 "ms: raise --target above that.")
-            return ttft <= self.target
+                  f"{1e3 * fare.ttft_p99:,.0f} ms, {fare.tokens_per_s:,.0f} tokens/s a replica",
+                  flush=True)
+            if fare.ttft_p99 > self.target and replicas > users:
+                raise LoadFailed(f"A replica for each user gives a p99 TTFT of "
+                                 f"{1e3 * fare.ttft_p99:,.0f} ms: raise --target above that.")
+            if fare.tokens_per_s > self.most and replicas > users:
+                raise LoadFailed(f"One user alone takes {fare.tokens_per_s:,.0f} tokens/s, and the "
+                                 f"simulation was checked up to {self.most:,.0f}: measure more "
+                                 "users.")
+            return fare.ttft_p99 <= self.target and fare.tokens_per_s <= self.most
 
         factor = 1.25 if users < 100_000 else 1.02  # the guess comes from a smaller crowd
         replicas = smallest(good, max(1, guess), factor)
-        p99, took, busy = tried[replicas]
+        fare = tried[replicas]
         return {"users": users, "route": route, "replicas": replicas,
                 "requests": self.enough(users), "users_per_replica": round(users / replicas, 1),
-                "ttft_p99_ms": round(1e3 * p99, 1), "answer_p50_s": round(took, 3),
-                "busy": round(busy, 3)}
+                "ttft_p99_ms": round(1e3 * fare.ttft_p99, 1),
+                "answer_p50_s": round(fare.answer_p50, 3), "busy": round(fare.busy, 3),
+                "tokens_per_s": round(fare.tokens_per_s, 1)}
 
     def curve(self, route, replicas, most):
         """[[users a replica, p99 TTFT in ms], ...] up to `most`."""
         loads = sorted({max(1, round(most * part / 12)) for part in range(3, 15)})
         points = []
         for load in loads:
-            p99, _, _ = self.try_out(load * replicas, replicas, route)
-            points.append([load, round(1e3 * p99, 1)])
+            fare = self.try_out(load * replicas, replicas, route)
+            points.append([load, round(1e3 * fare.ttft_p99, 1)])
         return points
 
 
@@ -120,12 +138,13 @@ def make_plan(options):
     result = json.loads(options.data.read_text(encoding="utf-8"))
     model = from_json(result["step_model"])
     lengths = lengths_of(prompts(result["options"], 4096, seed=7))
+    checked = most_checked(result["verdict"])
     planner = Planner(model, result["slots"], lengths, options.think, options.target / 1e3,
-                      options.least)
+                      options.least, checked)
     rows = plan_rows(planner, options.users)
     most = max(row["users_per_replica"] for row in rows)
     result["plan"] = {"command": options.command, "target_ms": options.target,
-                      "think_s": options.think, "rows": rows,
+                      "think_s": options.think, "checked_tokens_per_s": checked, "rows": rows,
                       "timed": [options.speed, time_simulation(planner, options.speed, most)],
                       "replicas": 16, "curves": {route: planner.curve(route, 16, most)
                                                  for route in ROUTES}}
@@ -133,14 +152,28 @@ def make_plan(options):
     print(plan_table(result))
 
 
+def most_checked(verdict):
+    """Tokens/s of the heaviest load at which the simulation was right: a plan goes no further.
+
+    Right: tokens/s within 10 % of the real server's, TTFT p99 within 20 %.
+    """
+    held = [load["tokens_per_s"][0] for load in verdict
+            if abs(load["tokens_per_s"][2]) <= 10 and abs(load["ttft_p99_ms"][2]) <= 20]
+    if not held:
+        raise LoadFailed("The simulation was wrong at every load that was measured: there is "
+                         "nothing to plan with. Measure again, on a quiet machine.")
+    return max(held)
+
+
 def plan_rows(planner, crowds):
     """The fewest replicas for each crowd, from small to large, and each route: list[dict]."""
     answer = statistics.fmean(wanted for _, wanted in planner.lengths)
     step = planner.model.by_rows(planner.slots)[planner.slots]
-    rate = planner.slots / (answer * step)  # answers a second, all slots at work
+    rate = 0.8 * planner.slots / (answer * step)  # answers a second, most slots at work
+    rate = min(rate, planner.most / answer)
     rows = []
     for route in ROUTES:
-        per_replica = 0.8 * rate * planner.think
+        per_replica = rate * planner.think
         for users in crowds:
             row = planner.fewest(users, route, round(users / per_replica))
             rows.append(row)

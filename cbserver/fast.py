@@ -169,14 +169,17 @@ class FusedPass:
             fused = cls(own.model, own.cache, kernel=False)
             check_same(fused.forward, own.forward, own.cache)
 
-    def forward(self, tokens, positions, slots, span):
+    def forward(self, tokens, positions, slots, span, beyond=False):
         """As BatchRunner.forward: tokens, positions [rows, new] -> hidden [rows, new, hidden].
 
         slots: the slice of rows that decode, or ids [rows] of prompts' slots. A prompt's piece
-        stands at the end of its span, and needs no other mask than to look backwards.
+        stands at the end of its span, and needs no other mask than to look backwards; unless the
+        span goes on beyond it.
         """
         decodes = isinstance(slots, slice)
         mask = self.cache.select(slots, positions, span)
+        if not (decodes or beyond):
+            mask = None
         cos = self.cos[positions.flatten(), None]  # [tokens, 1, head_dim]
         sin = self.sin[positions.flatten(), None]
         out = self.base.embed_tokens(tokens.flatten())  # [tokens, hidden]
@@ -187,7 +190,7 @@ class FusedPass:
             if decodes and self.kernel is not None:
                 x = self.attend_by_kernel(number, x, positions)
             else:
-                x = self.attend(number, x, cos, sin, positions, mask if decodes else None)
+                x = self.attend(number, x, cos, sin, positions, mask)
             x = layer.self_attn.o_proj(x)
             x, residual = add_norm(x, residual, layer.post_attention_layernorm.weight, self.eps)
             out = layer.mlp.down_proj(silu_mul(F.linear(x, *gate_up)))
@@ -279,10 +282,10 @@ class FastStep(BatchRunner):
         if self.device.type == "cuda":
             self.record_all()
 
-    def forward(self, tokens, positions, slots, span):
+    def forward(self, tokens, positions, slots, span, beyond=False):
         if self.fused is None:
             return super().forward(tokens, positions, slots, span)
-        return self.fused.forward(tokens, positions, slots, span)
+        return self.fused.forward(tokens, positions, slots, span, beyond)
 
     @torch.inference_mode()
     def prefill(self, sequence, end):
@@ -296,10 +299,14 @@ class FastStep(BatchRunner):
         padded = piece + [0] * (width - len(piece))
         self.prompt[0, :width] = upload(padded, self.device)
         self.slot.fill_(sequence.slot)
-        hidden = self.run(self.read_pass, width, start)  # [1, width, hidden]
+        hidden = self.read(width, start)  # [1, width, hidden]
         note_prompt(sequence, hidden[0, :len(piece)], self.model.get_output_embeddings())
         self.tokens[sequence.slot].fill_(piece[-1])
         sequence.position = end
+
+    def read(self, width, start):
+        """Hidden states [1, width, hidden] of the piece in `self.prompt`, which begins there."""
+        return self.run(self.read_pass, width, start)
 
     @torch.inference_mode()
     def decode(self, sequences):
@@ -351,17 +358,22 @@ class FastStep(BatchRunner):
         graph.replay()
         return output
 
+    def passes(self):
+        """What to record: (pass, its sizes), the largest first, so that the others fit into its
+        memory."""
+        found = [(self.decode_pass, count, span)
+                 for count in self.counts[::-1] for span in self.spans[::-1]]
+        found += [(self.read_pass, PIECE, start) for start in self.starts[::-1]]
+        found += [(self.read_pass, width, 0) for width in self.widths[::-1]]
+        return found
+
     @torch.inference_mode()
     def record_all(self):
-        """Record every size, the largest first: the others then fit into its memory."""
-        jobs = [(self.decode_pass, count, span)
-                for count in self.counts[::-1] for span in self.spans[::-1]]
-        jobs += [(self.read_pass, PIECE, start) for start in self.starts[::-1]]
-        jobs += [(self.read_pass, width, 0) for width in self.widths[::-1]]
+        """Record every pass in every size."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        for one_pass, *sizes in tqdm(jobs, desc="Recording CUDA graphs"):
+        for one_pass, *sizes in tqdm(self.passes(), desc="Recording CUDA graphs"):
             with torch.cuda.stream(stream):
                 one_pass(*sizes)  # compiles what is not compiled yet
             graph = torch.cuda.CUDAGraph()

@@ -18,7 +18,7 @@ from .fast import FastStep
 from .http.doors import with_direct_send
 from .model.load import fit_slots, load_model
 from .model.trial import check_served
-from .prefix import PrefixEngine
+from .prefix import PrefixEngine, PrefixStep
 from .scheduler import ContinuousEngine
 from .sequence import SequentialEngine
 
@@ -100,7 +100,8 @@ def build_engine(args, engine_class=None):
     if reuse and engine_class is ContinuousEngine:
         engine_class = PrefixEngine
     fast = model.device.type == "cuda" if args.fast is None else args.fast
-    runner = functools.partial(FastStep, invariant=args.invariant) if fast else BatchRunner
+    step = PrefixStep if engine_class is PrefixEngine else FastStep
+    runner = functools.partial(step, invariant=args.invariant) if fast else BatchRunner
     engine = engine_class(model, tokenizer, batch, max_len, args.max_waiting, args.prefill_budget,
                           runner)
     if not exact and (reuse or not getattr(engine.runner, "invariant", False)):

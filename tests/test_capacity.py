@@ -139,6 +139,24 @@ def test_a_promise_that_cannot_be_kept_is_refused_with_the_best_there_is(tmp_pat
         planner.fewest(5, "least loaded", 1)
 
 
+def load(speed, speed_off, ttft_off):
+    return {"tokens_per_s": [speed, speed, speed_off], "ttft_p99_ms": [9.0, 9.0, ttft_off]}
+
+
+def test_a_plan_goes_no_further_than_the_check_of_the_simulation_held():
+    light, middle, heavy = load(10, 3.0, -19.0), load(20, -9.9, 12.0), load(30, 1.0, -20.5)
+    assert plan.most_checked([light, middle]) == 20
+    assert plan.most_checked([light, middle, heavy]) == 20, "its p99 was off by more than 20 %"
+    assert plan.most_checked([light, load(20, 10.1, 0.0)]) == 10, "its tokens/s by more than 10 %"
+    with pytest.raises(LoadFailed, match="wrong at every load"):
+        plan.most_checked([heavy])
+    free = plan.Planner(CPU, 16, MIX, think=1.0, target=10.0, least=400)
+    bound = plan.Planner(CPU, 16, MIX, think=1.0, target=10.0, least=400, most=60)
+    far, near = (planner.fewest(60, "least loaded", 2) for planner in (free, bound))
+    assert far["tokens_per_s"] > 60 >= near["tokens_per_s"]
+    assert near["replicas"] > far["replicas"]
+
+
 def test_thinking_is_the_same_for_the_real_crowd_and_the_simulated():
     assert think_time(2, 0, 5) == think_time(2, 0, 5) != think_time(2, 0, 6)
     assert think_time(0, 0, 5) == 0
@@ -165,6 +183,8 @@ def test_measure_and_plan_run_from_a_terminal_and_write_what_they_print(tmp_path
     assert [row["users"] for row in result["verdict"]] == [6]
     assert capacity.validation_table(result) in capsys.readouterr().out
     assert from_json(result["step_model"]).by_rows(4)[4] > 0
+    result["verdict"] = [load(1e6, 0.0, 0.0)]  # a busy machine's may not hold
+    out.write_text(json.dumps(result))
     assert capacity.main(["plan", str(out), "--users", "40", "--think", "1", "--target",
                           "1000", "--least", "2000", "--speed", "5000"]) == 0
     result = json.loads(out.read_text())

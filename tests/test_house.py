@@ -36,7 +36,7 @@ def test_the_engine_is_five_classes_in_233_plain_lines_and_three_files_of_320():
 
 
 def test_what_each_lesson_teaches_is_small():
-    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 285),
+    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 290),
                        ("prefix", 90)):
         assert lines_of(name) <= most, f"{name}: {lines_of(name)} lines"
 

@@ -2,6 +2,7 @@
 import functools
 
 import pytest
+import torch
 from conftest import by_hand, prompt, received, serving, serving_in_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,11 +10,16 @@ from test_exact import ENDS, RUNNERS
 
 from cbserver import cli, prefix, process
 from cbserver.batch import BatchRunner
+from cbserver.fast import FastStep
+from cbserver.model.load import load_model
 from cbserver.model.sampling import SamplingParams
-from cbserver.prefix import PrefixEngine
+from cbserver.prefix import PrefixEngine, PrefixStep
 from cbserver.scheduler import ContinuousEngine
-from cbserver.sequence import Status
+from cbserver.sequence import Sequence, Status
 
+# On a CPU PrefixStep has no recordings, and takes the same passes.
+RUNNERS = RUNNERS | {"resumed": PrefixStep,
+                     "resumed, own pass": functools.partial(PrefixStep, fused=False)}
 FAMILIES = [prompt(100 + family, 40) for family in range(3)]  # what prompts begin with
 
 asks = st.fixed_dictionaries({
@@ -318,6 +324,54 @@ def test_usage_says_how_much_was_cached_and_metrics_count_it(url):
     assert queries == 60 * 7 and hits == 59 * 6
 
 
+# A pass that begins anywhere
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("start, end, by", [
+    (1, 40, "resume_pass"), (63, 70, "resume_pass"), (500, 513, "resume_pass"),
+    (700, 1100, "resume_pass"), (1025, 1200, "resume_pass"), (1590, 1600, "resume_pass"),
+    (1990, 2000, "resume_pass"), (0, 40, "read_pass"), (512, 600, "read_pass")])
+def test_a_pass_from_anywhere_writes_the_keys_of_one_from_the_beginning(tiny, start, end, by,
+                                                                        fused):
+    whole, runner = long_runners(tiny[0].device, fused)
+    taken = []
+
+    def noting(one_pass, *sizes):
+        taken.append(one_pass.__name__)
+        recorded = (one_pass.__name__, *sizes) in runner.graphs
+        assert recorded or not runner.graphs or start == 1990  # it would reach beyond max_len
+        return PrefixStep.run(runner, one_pass, *sizes)
+
+    before = runner.cache.keys[:, 0].clone()
+    for mine, theirs in pairs_of(runner, whole):
+        mine[:, 1] = 1e3  # what an earlier owner left: nobody may look at it
+        mine[:, 1, :, :start] = theirs[:, 0, :, :start]
+    runner.run = noting
+    runner.prefill(Sequence(prompt(1, 2000), slot=1, position=start), end)
+    assert taken == [by]
+    for mine, theirs in pairs_of(runner, whole):
+        torch.testing.assert_close(mine[:, 1, :, start:end], theirs[:, 0, :, start:end],
+                                   rtol=1e-4, atol=1e-4)
+    assert torch.equal(runner.cache.keys[:, 0], before), "another's slot is untouched"
+
+
+def pairs_of(*runners):
+    """(keys, keys), (values, values) of two runners."""
+    caches = [runner.cache for runner in runners]
+    return zip(*[(cache.keys, cache.values) for cache in caches])
+
+
+@functools.cache
+def long_runners(device, fused):
+    """A plain runner whose slot 0 has read 2,000 tokens, and a PrefixStep of the same model."""
+    model, _ = load_model("random:tiny", dtype=torch.float32, device=device)
+    plain = BatchRunner(model, 1, 2048)
+    sequence = Sequence(prompt(1, 2000), slot=0)
+    for end in (512, 1024, 1536, 2000):
+        plain.prefill(sequence, end)
+    return plain, PrefixStep(model, 2, 2048, fused=fused)
+
+
 # The command line
 
 
@@ -331,7 +385,15 @@ def build(*arguments):
     (["--dtype", "bfloat16"], ContinuousEngine),
     (["--dtype", "bfloat16", "--prefix-reuse"], PrefixEngine)])
 def test_it_is_on_in_float32_and_off_in_half_precision(arguments, engine_class):
+    if "--dtype" not in arguments:  # a GPU's default is another
+        arguments = [*arguments, "--dtype", "float32"]
     assert type(build(*arguments)) is engine_class
+
+
+@pytest.mark.parametrize("reuse, step", [("--prefix-reuse", PrefixStep),
+                                         ("--no-prefix-reuse", FastStep)])
+def test_with_the_fast_step_its_passes_begin_anywhere(reuse, step):
+    assert type(build("--fast", reuse).runner) is step
 
 
 def test_half_precision_says_what_reuse_does_to_answers(capsys):
