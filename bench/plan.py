@@ -227,27 +227,47 @@ def capacity_figure(result):
 def draw_check(axes, result):
     """p99 TTFT of each load and repeat, measured and simulated side by side."""
     users = sorted({row["users"] for row in result["loads"]})
+    drawn = []
     for kind, mark, color, aside in (("measured", "o", "#000000", -0.08),
                                      ("simulated", "x", "#0072B2", 0.08)):
         x = [users.index(row["users"]) + aside for row in result["loads"]]
         y = [row[kind]["ttft_p99_ms"] for row in result["loads"]]
         axes.plot(x, y, mark, ms=8, mfc="none", color=color, label=kind)
-    axes.set(xlabel=f"users of one server with {result['slots']} slots", yscale="log",
+        drawn += y
+    axes.set(xlabel=f"users of one server with {result['slots']} slots",
              xticks=range(len(users)), xticklabels=users, xlim=(-0.5, len(users) - 0.5),
              ylabel="TTFT p99, ms", title="One server, real and simulated")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    scale(axes, drawn)
     axes.legend(loc="upper left")
 
 
 def draw_plan(axes, plan):
-    """p99 TTFT against users a replica, a line for each route."""
+    """p99 TTFT against users a replica, a line for each route; and how far that was checked."""
+    drawn = [plan["target_ms"]]
     for route, points in plan["curves"].items():
         loads = [load for load, _ in points]
         ms = [p99 for _, p99 in points]
         axes.plot(loads, ms, "o-", ms=4, color=COLORS[route], label=route)
+        drawn += ms
     axes.axhline(plan["target_ms"], color="black", ls="--", lw=1,
                  label=f"target, {plan['target_ms']:,.0f} ms")
-    axes.set(xlabel=f"users a replica ({plan['replicas']} replicas)", yscale="log",
+    fullest = max(plan["rows"], key=lambda row: row["users_per_replica"])
+    tokens_a_user = fullest["tokens_per_s"] / fullest["users_per_replica"]
+    axes.axvline(plan["checked_tokens_per_s"] / tokens_a_user, color="black", ls=":", lw=1,
+                 label="the check went so far")
+    axes.set(xlabel=f"users a replica ({plan['replicas']} replicas)",
              ylabel="TTFT p99, ms", title="Simulated: which replica gets a request")
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    scale(axes, drawn)
     axes.legend()
+
+
+def scale(axes, values):
+    """From 0 if the values are of one size, else with whole powers of ten."""
+    top = max(values)
+    if top < 5 * min(values):
+        axes.set_ylim(0, 1.3 * top)  # room for the legend
+        return
+    low = 10 ** math.floor(math.log10(min(values)))
+    axes.set(yscale="log", ylim=(low, 10 ** math.ceil(math.log10(1.5 * top))))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.yaxis.set_minor_formatter(lambda y, _: "")
