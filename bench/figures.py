@@ -35,6 +35,17 @@ def numbers():
     return "\n\n".join(tables)
 
 
+def beside_text():
+    """On what kind of machine the GPU's numbers were measured."""
+    found = load(f"beside-{GPU}")
+    return (f"The GPU's numbers are of one {found['hardware']} of a machine with four, and of 16 "
+            "of its cores. The other three were at work on other measurements of this page, each "
+            f"with cores of its own. That changed nothing we could see: {found['alone']:,.0f} "
+            f"tokens/s at 64 slots alone on the machine, {min(found['beside']):,.0f} to "
+            f"{max(found['beside']):,.0f} in {len(found['beside'])} runs beside the others "
+            f"(`{found['command']}`).")
+
+
 def headline_text():
     """The arms on a CPU in a short table, and one line on the GPU."""
     cpu = load("compare-cpu")
@@ -330,9 +341,9 @@ def filled(page, name, text):
 # The generated blocks of each page, and who writes them.
 PAGES = {
     "README.md": {"headline": headline_text, "engine": engine_text},
-    "docs/benchmarks.md": {"numbers": numbers, "ladder": ladder_text, "http": http_text,
-                           "invariance": invariance_text, "prefix": prefix_text,
-                           "imitation": imitation_text},
+    "docs/benchmarks.md": {"beside": beside_text, "numbers": numbers, "ladder": ladder_text,
+                           "http": http_text, "invariance": invariance_text,
+                           "prefix": prefix_text, "imitation": imitation_text},
     "docs/load-testing.md": {"guidellm": guidellm_text},
     "docs/operating.md": {"soak": soak_text, "models": models_text},
     "docs/live-page.md": {"feed": feed_text},
