@@ -159,7 +159,21 @@ def http_text():
         f"{real['model']} on {real['hardware']}, prompts and outputs of 16 to 256 tokens, raw "
         f"clients in four processes, closed loop, medians of {repeats} fresh servers with "
         f"{real['date']}'s versions: {versions}. {real.get('note', '')} {commands}.",
-        event_text(load("http-cpu"))])
+        processes_text(load(f"http-processes-{GPU}")), event_text(load("http-cpu"))])
+
+
+def processes_text(result):
+    """How many processes it takes until an event holds one token."""
+    found = []
+    for name in result["commands"]:
+        rows = [row for row in result["rows"] if row["name"] == name]
+        speed, tokens = (statistics.median(row[key] for row in rows)
+                         for key in ("tokens_per_s", "tokens_per_event"))
+        found.append(f"{name} give {speed:,.0f} tokens/s and {tokens:.2f} tokens an event")
+    runs = 1 + max(row["repeat"] for row in result["rows"])
+    return (f"A process that cannot keep up puts several tokens into one event. On another machine "
+            f"of the same kind, {result['rows'][0]['streams']} users, {runs} fresh servers each: "
+            f"{'; '.join(found)} (`{next(iter(result['commands'].values()))}`).")
 
 
 def prefix_results():

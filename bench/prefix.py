@@ -258,11 +258,14 @@ def figure(results):
     picture, panels = plt.subplots(1, len(results), figsize=(4.5 * len(results), 3.2),
                                    layout="constrained", squeeze=False)
     for axes, result in zip(panels[0], results):
-        for shift, (arm, row) in zip((-0.2, 0.2), medians(result).items()):
+        arms = medians(result)
+        highest = max(max(row["turns_p50"]) for row in arms.values())
+        unit, scale = ("s", 1e3) if highest >= 1000 else ("ms", 1)
+        for shift, (arm, row) in zip((-0.2, 0.2), arms.items()):
             places = [turn + 1 + shift for turn in range(result["turns"])]
-            axes.bar(places, [ms / 1e3 for ms in row["turns_p50"]], 0.4, color=colors[arm],
+            axes.bar(places, [ms / scale for ms in row["turns_p50"]], 0.4, color=colors[arm],
                      label=arm)
-        axes.set(xlabel="turn of the conversation", ylabel="TTFT p50 (s)",
+        axes.set(xlabel="turn of the conversation", ylabel=f"TTFT p50 ({unit})",
                  xticks=range(1, result["turns"] + 1),
                  title=f"{result['model']}, {result['slots']} at once")
         axes.grid(axis="x", visible=False)

@@ -126,10 +126,9 @@ class PrefixStep(FastStep):
         super().__init__(model, slots, max_len, **named)
 
     def passes(self):
-        found = super().passes()
-        for span in self.reach[::-1]:
-            found += [(self.resume_pass, width, span) for width in self.widths if width < span]
-        return found
+        sizes = [(width, span) for span in self.reach[::-1] for width in self.widths[::-1]]
+        resumed = [(self.resume_pass, width, span) for width, span in sizes if width < span]
+        return resumed + super().passes()  # large ones first: they share memory
 
     def read(self, width, start):
         """As FastStep's; if none of its recordings begins at `start`, by a `resume_pass`."""
