@@ -18,7 +18,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.course  ## three engines, 50 users, one table (about 4 minutes on 2 cores)
+demo: $(VENV)/.course  ## three engines, 50 users, one table (4 to 8 minutes on 2 cores)
 	$(PY) -m bench.compare --requests 50 --out figures/latest $(if $(MODEL),--model $(MODEL))
 
 compare: $(VENV)/.course  ## the full comparison: four arms, three repeats, a sweep over users

@@ -241,8 +241,8 @@ def feed_text():
             f"{len(feed['held']) // 2} stretches of 10 s with and without, {found['hardware']}). "
             f"With {feed['model']} at work on a core of its own they change tokens/s by "
             f"{speed['median'] - 1:+.1%} (median of {speed['pairs']} pairs of neighbouring "
-            f"stretches, 95% interval {low - 1:+.1%} to {high - 1:+.1%}). "
-            f"{feed.get('note', '')} `{found['command']} feed`.")
+            f"stretches, 95% interval {low - 1:+.1%} to {high - 1:+.1%}; "
+            f"`{found['command']} feed`). {feed.get('note', '')}").rstrip()
 
 
 def ray_text():

@@ -25,8 +25,10 @@ def with_keys(sequence):
 # %% ../notebooks/appendix_prefix_reuse.ipynb #c12
 def shared(sequence, prompt):
     """How many tokens at a prompt's beginning have their keys in this sequence's slot."""
-    tokens = sequence.prompt_tokens + sequence.generated_tokens
     most = min(with_keys(sequence), len(prompt))
+    if most == 0 or sequence.prompt_tokens[0] != prompt[0]:
+        return 0  # the usual case, and a cheap one
+    tokens = sequence.prompt_tokens + sequence.generated_tokens
     count = 0
     while count < most and tokens[count:count + 64] == prompt[count:count + 64]:
         count += 64  # Python compares two lists faster than a loop does
@@ -62,27 +64,30 @@ class PrefixEngine(ContinuousEngine):
             if sequence is None:
                 break
             given_up = self.choose(sequence.prompt_tokens)
-            self.swap(given_up, lowest)
+            if given_up is not lowest:
+                self.swap(given_up, lowest)
             self.past.remove(given_up)
             self.reuse(sequence, [given_up])
 
     def choose(self, prompt):
-        """The past sequence to give up: one whose conversation goes on here, else the oldest."""
-        earlier = [s for s in self.past if shared(s, prompt) >= len(s.prompt_tokens)]
-        return max(earlier, key=lambda s: shared(s, prompt), default=self.past[0])
+        """The past sequence to give up: one whose conversation goes on here, else the oldest.
+
+        (Who was cancelled may have keys for a part of its own prompt only, or for none of it.)
+        """
+        same = [s for s in self.past if shared(s, prompt) >= shared(s, s.prompt_tokens)]
+        return max(same, key=lambda s: shared(s, prompt), default=self.past[0])
 
     def swap(self, a, b):
         """Let two past sequences, with their keys and values, change slots.
 
         A pass that is still under way may have one of them in it; nobody waits for its token.
         """
-        if a is b:
-            return
         length = max(with_keys(a), with_keys(b))
         for tensor in (self.runner.cache.keys, self.runner.cache.values):
-            of_a = tensor[:, a.slot, :, :length].clone()  # [layers, kv_heads, length, head_dim]
-            tensor[:, a.slot, :, :length] = tensor[:, b.slot, :, :length]
-            tensor[:, b.slot, :, :length] = of_a
+            for part in tensor[:, :, :, :length].split(512, dim=3):  # a whole slot is much memory
+                of_a = part[:, a.slot].clone()  # [layers, kv_heads, at most 512, head_dim]
+                part[:, a.slot] = part[:, b.slot]
+                part[:, b.slot] = of_a
         a.slot, b.slot = b.slot, a.slot
 
     def reuse(self, sequence, holders):
@@ -90,8 +95,7 @@ class PrefixEngine(ContinuousEngine):
 
         Its last token it reads itself: FastStep learns from that pass what to decode first.
         """
-        params = sequence.params
-        if params.echo and params.logprobs is not None:
+        if sequence.params.echo and sequence.params.logprobs is not None:
             return  # what a prompt's tokens are asked, only reading them answers
         prompt = sequence.prompt_tokens[:-1]
         holder = max(holders, key=lambda other: shared(other, prompt))
@@ -108,8 +112,11 @@ class PrefixEngine(ContinuousEngine):
         self.cached_tokens += end - start
 
     def read(self, sequence, left):
-        """As ContinuousEngine's; but first, copy what a slot holds of it by now."""
-        if left > 0 and sequence.position < len(sequence.prompt_tokens):
+        """As ContinuousEngine's; but first, copy what a slot holds of it by now.
+
+        With little of the budget left it would hardly read in this turn: it searches in the next.
+        """
+        if left > self.prefill_budget // 4 and sequence.position < len(sequence.prompt_tokens):
             self.reuse(sequence, [*self.running, *self.past])
         return super().read(sequence, left)
 

@@ -203,6 +203,47 @@ def test_who_leaves_before_its_prompt_is_read_leaves_what_it_read(tiny, referenc
     assert next_one.generated_tokens == reference(SYSTEM + [1], 8)
 
 
+def test_who_leaves_before_anything_is_read_costs_nobody_their_conversation(tiny):
+    engine = make(tiny)
+    for family in range(2):
+        serve(engine, FAMILIES[family])
+    gone = engine.submit(FAMILIES[2], SamplingParams(8))
+    engine.admit()
+    engine.abort(gone)
+    serve(engine, prompt(7, 20))
+    again = [serve(engine, family + [1])[0] for family in FAMILIES[:2]]
+    assert [sequence.cached_tokens for sequence in again] == [40, 40]
+
+
+def test_who_comes_again_after_half_its_prompt_was_read_takes_that_half_over(tiny):
+    engine = make(tiny, budget=6)
+    serve(engine, FAMILIES[0])
+    half = engine.submit(FAMILIES[1], SamplingParams(8))
+    engine.step()
+    engine.step()
+    engine.abort(half)
+    serve(engine, prompt(7, 20))
+    serve(engine, FAMILIES[1])
+    [again] = serve(engine, FAMILIES[0] + [1])
+    assert again.cached_tokens == 40
+
+
+def test_two_past_sequences_of_many_tokens_change_places_whole():
+    model, tokenizer = load_model("random:tiny")
+    engine = by_hand(PrefixEngine(model, tokenizer, max_batch=2, max_len=1600))
+    cache = engine.runner.cache
+    cache.keys.normal_()
+    cache.values.normal_()
+    keys, values = cache.keys.clone(), cache.values.clone()
+    one, two = engine.past = [Sequence(prompt(slot, length), slot=slot, position=length)
+                              for slot, length in enumerate((1300, 700))]
+    engine.swap(one, two)
+    assert (one.slot, two.slot) == (1, 0)
+    for now, before in ((cache.keys, keys), (cache.values, values)):
+        assert torch.equal(now[:, :, :, :1300], before[:, :, :, :1300].flip(1))
+        assert torch.equal(now[:, :, :, 1300:], before[:, :, :, 1300:])
+
+
 # Planted bugs: the check must notice each
 
 
