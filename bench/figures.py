@@ -38,11 +38,11 @@ def numbers():
 def beside_text():
     """On what kind of machine the GPU's numbers were measured."""
     found = load(f"beside-{GPU}")
-    return (f"The GPU's numbers are of one {found['hardware']} of a machine with four, and of 16 "
-            "of its cores. The other three were at work on other measurements of this page, each "
+    return (f"The GPU's numbers are of one {found['hardware']} of a machine with two or four, and "
+            "of 16 of its cores. The others were at work on other measurements of this page, each "
             f"with cores of its own. That changed nothing we could see: {found['alone']:,.0f} "
-            f"tokens/s at 64 slots alone on the machine, {min(found['beside']):,.0f} to "
-            f"{max(found['beside']):,.0f} in {len(found['beside'])} runs beside the others "
+            f"tokens/s at 64 slots alone on a machine with four, {min(found['beside']):,.0f} to "
+            f"{max(found['beside']):,.0f} in {len(found['beside'])} runs beside the three others "
             f"(`{found['command']}`).")
 
 
@@ -173,7 +173,7 @@ def processes_text(result):
     runs = 1 + max(row["repeat"] for row in result["rows"])
     return (f"A process that cannot keep up puts several tokens into one event. On another machine "
             f"of the same kind, {result['rows'][0]['streams']} users, {runs} fresh servers each: "
-            f"{'; '.join(found)} (`{next(iter(result['commands'].values()))}`).")
+            f"{'; '.join(found)} ({', '.join(f'`{c}`' for c in result['commands'].values())}).")
 
 
 def prefix_results():

@@ -245,7 +245,7 @@ def pairs_sentence(result):
     if not ratios:
         return ""
     return (f"Where nothing is shared, tokens/s with ÷ without in {len(ratios)} alternating pairs: "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}).")
+            f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}).")
 
 
 def figure(results):

@@ -27,7 +27,7 @@ def shared(sequence, prompt):
     """How many tokens at a prompt's beginning have their keys in this sequence's slot."""
     most = min(with_keys(sequence), len(prompt))
     if most == 0 or sequence.prompt_tokens[0] != prompt[0]:
-        return 0  # the usual case, and a cheap one
+        return 0  # found without joining two lists, which takes time
     tokens = sequence.prompt_tokens + sequence.generated_tokens
     count = 0
     while count < most and tokens[count:count + 64] == prompt[count:count + 64]:
@@ -72,7 +72,7 @@ class PrefixEngine(ContinuousEngine):
     def choose(self, prompt):
         """The past sequence to give up: one whose conversation goes on here, else the oldest.
 
-        (Who was cancelled may have keys for a part of its own prompt only, or for none of it.)
+        Of a cancelled one, the part of its prompt that was read must be in this prompt, too.
         """
         same = [s for s in self.past if shared(s, prompt) >= shared(s, s.prompt_tokens)]
         return max(same, key=lambda s: shared(s, prompt), default=self.past[0])
@@ -114,7 +114,8 @@ class PrefixEngine(ContinuousEngine):
     def read(self, sequence, left):
         """As ContinuousEngine's; but first, copy what a slot holds of it by now.
 
-        With little of the budget left it would hardly read in this turn: it searches in the next.
+        Searching takes time. With a quarter of the turn's budget left it would hardly read more
+        in this turn, so it searches in the next.
         """
         if left > self.prefill_budget // 4 and sequence.position < len(sequence.prompt_tokens):
             self.reuse(sequence, [*self.running, *self.past])

@@ -1,5 +1,6 @@
 """Prefix reuse: what a slot still holds is not read again, and no answer changes by a token."""
 import functools
+import json
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exact import ENDS, RUNNERS
 
+from bench.prefix import medians
+from bench.results import DATA, ROOT
 from cbserver import cli, prefix, process
 from cbserver.batch import BatchRunner
 from cbserver.fast import FastStep
@@ -228,9 +231,30 @@ def test_who_comes_again_after_half_its_prompt_was_read_takes_that_half_over(tin
     assert again.cached_tokens == 40
 
 
-def test_two_past_sequences_of_many_tokens_change_places_whole():
-    model, tokenizer = load_model("random:tiny")
-    engine = by_hand(PrefixEngine(model, tokenizer, max_batch=2, max_len=1600))
+def test_nobody_searches_when_most_of_a_turns_budget_is_spent(tiny):
+    engine = make(tiny, budget=8)
+    serve(engine, SYSTEM)
+    late = Sequence(SYSTEM + [1], slot=1)
+    assert engine.read(late, left=2) == 0
+    assert late.cached_tokens == 0
+    assert engine.read(late, left=3) == 1
+    assert late.cached_tokens == 40
+
+
+def test_the_lesson_tells_what_was_measured_on_a_gpu():
+    lesson = (ROOT / "notebooks/appendix_prefix_reuse.ipynb").read_text(encoding="utf-8")
+    found = {name: medians(json.loads((DATA / f"{name}-h200.json").read_text(encoding="utf-8")))
+             for name in ("prefix", "prefix-unrecorded")}
+    before, now = found["prefix-unrecorded"], found["prefix"]
+    assert f"after {before['with reuse']['later']['p50']:.0f} ms with reuse" in lesson
+    assert f"after {before['without']['later']['p50']:.0f} ms without" in lesson
+    assert f"first tokens came after {now['with reuse']['later']['p50']:.0f} ms" in lesson
+    assert (f"{now['with reuse']['tokens_per_s']:,.0f} against "
+            f"{now['without']['tokens_per_s']:,.0f}") in lesson
+
+
+def test_two_past_sequences_of_many_tokens_change_places_whole(tiny):
+    engine = by_hand(PrefixEngine(*tiny, max_batch=2, max_len=1600))
     cache = engine.runner.cache
     cache.keys.normal_()
     cache.values.normal_()
@@ -467,7 +491,7 @@ def test_the_table_shows_medians_of_each_arm_and_the_pairs_ratio():
     text = bench.table(result)
     assert "| without | 900, 990 ms | 800, 1,600 ms | 10 | 50% |" in text
     assert "| with reuse | 900, 990 ms | 80, 160 ms | 20 | 50% |" in text
-    assert "in 2 alternating pairs: 1.00 (0.90 to 1.10)" in text and "medians of 3" in text
+    assert "in 2 alternating pairs: 1.000 (0.900 to 1.100)" in text and "medians of 3" in text
     assert len(bench.figure([result]).axes) == 1
 
 
