@@ -40,6 +40,8 @@ def setup(number=None):
     os.environ["NO_PROXY"] = f"{os.environ.get('NO_PROXY', '')},localhost,127.0.0.1".lstrip(",")
     install_missing()
     warnings.filterwarnings("ignore", message="IProgress not found")
+    import cbserver  # noqa: F401  before torch, whose threads it tells not to spin
+
     import matplotlib
     import torch
     import transformers

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import cbserver  # noqa: F401  before torch, whose threads it tells not to spin
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LONGEST = 48  # tokens that a reference holds
