@@ -1,5 +1,6 @@
 """What every lesson needs and none teaches: set-up, a server, a streaming client, a plot, a map."""
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -40,8 +41,7 @@ def setup(number=None):
     os.environ["NO_PROXY"] = f"{os.environ.get('NO_PROXY', '')},localhost,127.0.0.1".lstrip(",")
     install_missing()
     warnings.filterwarnings("ignore", message="IProgress not found")
-    import cbserver  # noqa: F401  before torch, whose threads it tells not to spin
-
+    importlib.import_module("cbserver")  # before torch, whose threads it tells not to spin
     import matplotlib
     import torch
     import transformers
