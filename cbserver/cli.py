@@ -7,6 +7,8 @@ import secrets
 import socket
 import sys
 
+from .http.keys import usable_key
+
 ENGINES = ("continuous", "static", "sequential")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -37,6 +39,12 @@ def parse(argv=None):
         help="seconds until a request is given up (600)")
     add("--drain-timeout", type=float, default=30,
         help="seconds that answers have to finish after SIGTERM (30)")
+    add("--receive-timeout", type=float, default=30,
+        help="seconds that a request's head, and then its body, may take to arrive (30)")
+    add("--max-connections", type=int, default=4096,
+        help="connections open at once; one more gets 503 (4096)")
+    add("--silence", type=float, default=15,
+        help="seconds without a token until a stream sends a comment, for proxies; 0: never (15)")
     add("--max-body", type=int, default=2**20, help="largest body of a request, in bytes (1048576)")
     add("--cors", action="append",
         help="a website whose scripts may call this server (default: none)")
@@ -47,10 +55,16 @@ def parse(argv=None):
     add("--tunnel", action="store_true", help="open an ngrok tunnel; a key is then always required")
     args = parser.parse_args(argv)
     for name in ("max_batch", "max_len", "max_waiting", "prefill_budget", "request_timeout",
-                 "drain_timeout", "max_body"):
+                 "drain_timeout", "receive_timeout", "max_connections", "max_body"):
         value = getattr(args, name)
         if value is not None and not 1 <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    try:
+        args.api_key = usable_key(args.api_key)
+    except ValueError as error:
+        parser.error(str(error))
+    if not 0 <= args.silence < math.inf:
+        parser.error("--silence must be 0 or more")
     if not 0 < args.port < 65536:
         parser.error("--port must be 1 to 65535")
     if args.prefix_reuse and args.engine != "continuous":
@@ -98,7 +112,8 @@ def main(argv=None, engine_class=None):
     shown = f"#key={made_key}" if made_key else ""  # a key of yours is not printed
     print(f"Watch the batch: {url}/{shown}", flush=True)
     options = {"model_name": name, "api_key": args.api_key or made_key, "cors": args.cors,
-               "timeout": args.request_timeout, "max_body": args.max_body}
+               "timeout": args.request_timeout, "max_body": args.max_body,
+               "receive_timeout": args.receive_timeout, "silence": args.silence}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.http_processes:
         servers = HttpProcesses(engine, args.http_processes, args.host, args.port,
@@ -107,7 +122,8 @@ def main(argv=None, engine_class=None):
             sys.exit("A process for HTTP has failed; see above. The server has ended.")
     else:
         app = create_app(engine, **options)
-        process.DrainingServer(app, args.host, args.port, args.drain_timeout).run()
+        process.DrainingServer(app, args.host, args.port, args.drain_timeout,
+                               args.max_connections, args.receive_timeout).run()
     if failures:
         sys.exit("The engine failed; see above. The server has ended.")
 

@@ -15,6 +15,7 @@ import uvicorn
 
 from .batch import BatchRunner, StaticEngine
 from .fast import FastStep
+from .http.connection import bounded
 from .http.doors import with_direct_send
 from .model.load import fit_slots, load_model
 from .model.trial import check_served
@@ -122,10 +123,12 @@ class DrainingServer(uvicorn.Server):
     drain_timeout seconds; a second one ends the process at once.
     """
 
-    def __init__(self, app, host, port, drain_timeout=30):
+    def __init__(self, app, host, port, drain_timeout=30, max_connections=4096,
+                 receive_timeout=30):
         super().__init__(uvicorn.Config(with_direct_send(app), host=host, port=port,
                                         log_level="warning", timeout_graceful_shutdown=5,
                                         loop=event_loop(), timeout_keep_alive=KEEP_ALIVE,
+                                        http=bounded(max_connections, receive_timeout),
                                         ws="none"))
         self.engine = app.state.engine
         self.drain_timeout = drain_timeout

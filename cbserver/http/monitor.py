@@ -20,9 +20,10 @@ from .errors import APIError
 from .replies import EventStream, event
 
 log = logging.getLogger("cbserver")
-SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 150)
-pages = APIRouter()  # for everybody
-private = APIRouter()  # for those with the key, where there is one
+SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 150,
+           300, 600, 1200)
+routes = APIRouter()
+OTHER_NAMES = {"prefix": "continuous"}  # of engines, as --engine calls them
 
 
 class Monitor:
@@ -88,7 +89,7 @@ class Monitor:
                  admitted - start, first - start, end - start)
 
 
-@private.get("/metrics")
+@routes.get("/metrics")
 async def metrics(request: Request):
     """Gauges, totals and latencies for Prometheus."""
     return PlainTextResponse(generate_latest(request.app.state.monitor.registry))
@@ -134,6 +135,7 @@ class Feed:
     def snapshot(self):
         """The batch now, as a dict ready for JSON."""
         engine = self.engine
+        kind = type(engine).__name__.removesuffix("Engine").lower()
         slots = [None] * engine.max_batch
         with engine.lock:
             for sequence in engine.running:
@@ -142,7 +144,7 @@ class Feed:
         kept = sum(slot[2] + slot[4] for slot in slots if slot)
         ttft = spread_ms(self.monitor.recent_ttft)
         return {"time": round(time.monotonic(), 3), "model": self.model_name,
-                "engine": type(engine).__name__.removesuffix("Engine").lower(), "slots": slots,
+                "engine": OTHER_NAMES.get(kind, kind), "slots": slots,
                 "waiting": stats.waiting, "steps": stats.steps,
                 "generated": stats.generated_tokens, "ttft_ms": [ttft["p50"], ttft["p99"]],
                 "kv": round(kept / (engine.max_batch * engine.max_len), 4)}
@@ -165,7 +167,7 @@ class Feed:
             self.viewers -= 1
 
 
-@private.get("/events", include_in_schema=False)
+@routes.get("/events", include_in_schema=False)
 async def events(request: Request):
     """What the page reads: a snapshot of the batch ten times a second, as server-sent events."""
     feed = request.app.state.feed
@@ -174,10 +176,10 @@ async def events(request: Request):
                        headers={"Retry-After": "10"})
     feed.viewers += 1  # here, or a burst of viewers would all find a place
     return EventStream(feed.stream(), {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-                       feed.watched(), None)
+                       feed.watched(), None, request.app.state.silence)
 
 
-@pages.get("/", include_in_schema=False)
+@routes.get("/", include_in_schema=False)
 async def page(request: Request):
     """The live batch as a page; the engine and the key decide what it offers."""
     state = request.app.state

@@ -1,6 +1,7 @@
 """The JSON of an answer, whole or in chunks, and the response that streams it."""
 import asyncio
 import json
+import math
 import time
 import uuid
 from json.encoder import encode_basestring_ascii
@@ -176,40 +177,61 @@ class EventStream(Response):
     """Server-sent events, inside of `attended` even if the client leaves before the first.
 
     limit: seconds; a client that never reads is given up then, whatever is left to send. None:
-    never.
+    never. silence: seconds without an event after which a comment goes out, which clients skip:
+    proxies cut off a connection that says nothing. None: never.
     """
 
     media_type = "text/event-stream"
+    comment = {"type": "http.response.body", "body": b": still here\n\n", "more_body": True}
 
-    def __init__(self, events, headers, attended, limit):
+    def __init__(self, events, headers, attended, limit, silence=None):
         self.status_code = 200
         self.background = None
         self.init_headers(headers)
         self.events = events
         self.attended = attended
         self.limit = limit
+        self.silence = silence
+        self.last = math.inf  # when it fell silent, seconds of time.monotonic(); inf: it has not
 
     async def __call__(self, scope, receive, send):
+        direct_send = scope.get("direct_send", send)
         with self.attended:
-            sending = asyncio.create_task(self.send_all(scope.get("direct_send", send), send))
+            sending = asyncio.create_task(self.send_all(direct_send, send))
             leaving = asyncio.create_task(until_disconnect(Request(scope, receive)))
+            breaking = asyncio.create_task(self.break_silence(direct_send))
             try:
                 await asyncio.wait([sending, leaving], timeout=self.limit,
                                    return_when=asyncio.FIRST_COMPLETED)
             finally:
+                breaking.cancel()
                 leaving.cancel()
                 sending.cancel()  # harmless if it is done
                 await asyncio.wait([sending])
             if not sending.cancelled():
                 sending.result()
 
+    async def break_silence(self, direct_send):
+        """Send a comment whenever nothing has gone out for too long."""
+        while self.silence:
+            idle = max(0, time.monotonic() - self.last)
+            if idle >= self.silence:
+                await direct_send(self.comment)
+                self.last = time.monotonic()
+                idle = 0
+            await asyncio.sleep(self.silence - idle)
+
     async def send_all(self, direct_send, send):
         """The start goes through all middleware, each event past it."""
         await send({"type": "http.response.start", "status": self.status_code,
                     "headers": self.raw_headers})
+        self.last = time.monotonic()
         async for text in self.events:
+            self.last = math.inf  # while it is being sent; a slow client needs no comment
             await direct_send({"type": "http.response.body", "body": text.encode(),
                                "more_body": True})
+            self.last = time.monotonic()
+        self.last = math.inf
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
