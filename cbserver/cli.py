@@ -91,6 +91,8 @@ def main(argv=None, engine_class=None):
     """Load, say where it serves, serve. engine_class: in place of the one that --engine names."""
     args = parse(argv)
     check_port(args.host, args.port)
+    chosen = args.model or os.environ.get("CBSERVER_MODEL") or "the default model"
+    print(f"Loading {chosen}", flush=True)
 
     from . import process  # torch, transformers and uvicorn: seconds
     from .model.load import ModelUnavailable
@@ -106,7 +108,7 @@ def main(argv=None, engine_class=None):
     except ModelUnavailable as error:
         sys.exit(str(error))
     made_key, url = reach(args)
-    name = args.model or "cbserver"
+    name = process.served_name(args, engine)
     print(f"Serving {name} with the {args.engine} engine ({engine.max_batch} at once) on {url}; "
           "the API is documented at /docs", flush=True)
     shown = f"#key={made_key}" if made_key else ""  # a key of yours is not printed

@@ -17,7 +17,7 @@ from .batch import BatchRunner, StaticEngine
 from .fast import FastStep
 from .http.connection import bounded
 from .http.doors import with_direct_send
-from .model.load import fit_slots, load_model
+from .model.load import default_model, fit_slots, load_model
 from .model.trial import check_served
 from .prefix import PrefixEngine, PrefixStep
 from .scheduler import ContinuousEngine
@@ -85,6 +85,11 @@ def load_engine(args, engine_class=None):
     gc.collect()
     gc.freeze()
     return engine
+
+
+def served_name(args, engine):
+    """What clients call the model: the name by which it was loaded, whatever chose it."""
+    return args.model or default_model(engine.model.device.type == "cuda")
 
 
 def build_engine(args, engine_class=None):
