@@ -1,8 +1,11 @@
 """The life of a server's process: prepare it, load the engine, serve, and end in two phases."""
+import asyncio
 import contextlib
+import errno
 import faulthandler
 import functools
 import gc
+import logging
 import math
 import os
 import sys
@@ -28,6 +31,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+log = logging.getLogger("cbserver")
 MANY_FILES = 10_000
 ENGINES = {"continuous": ContinuousEngine, "static": StaticEngine, "sequential": SequentialEngine}
 
@@ -138,12 +142,26 @@ class DrainingServer(uvicorn.Server):
         self.engine = app.state.engine
         self.drain_timeout = drain_timeout
         self.deadline = math.inf
+        self.quiet_until = 0.0
 
     def handle_exit(self, signal, frame):
         if self.draining:
             end_at_once()
         self.deadline = time.monotonic() + self.drain_timeout
         self.engine.close(None)
+
+    async def startup(self, sockets=None):
+        asyncio.get_running_loop().set_exception_handler(self.note_trouble)
+        await super().startup(sockets)
+
+    def note_trouble(self, loop, context):
+        """What asyncio reports. Where files are scarce it does so for every try, thousands a second."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() > self.quiet_until:
+            self.quiet_until = time.monotonic() + 60
+            log.warning("No file is left for another connection (ulimit -n), so new ones wait")
 
     @property
     def draining(self):

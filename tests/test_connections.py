@@ -1,17 +1,20 @@
 """Before there is a request: the key at the door, endless heads and bodies, crowds, silence."""
 import contextlib
+import errno
 import json
 import socket
 import threading
 import urllib.parse
+from types import SimpleNamespace
 
 import httpx
 import pytest
-from conftest import held, serving
+from conftest import held, serving, until
 
 from cbserver.cli import parse
 from cbserver.http.connection import MAX_HEAD
 from cbserver.http.keys import usable_key
+from cbserver.process import DrainingServer
 from cbserver.scheduler import ContinuousEngine
 from cbserver.server import OPEN, create_app
 
@@ -21,8 +24,6 @@ KEY = "a-key"
 @contextlib.contextmanager
 def shipped(engine, max_connections=4096, receive_timeout=30, **options):
     """The server that the command line starts, in a thread here: its URL."""
-    from cbserver.process import DrainingServer
-
     app = create_app(engine, receive_timeout=receive_timeout, **options)
     server = DrainingServer(app, "127.0.0.1", 0, max_connections=max_connections,
                             receive_timeout=receive_timeout)
@@ -164,6 +165,33 @@ def test_an_http_1_0_client_gets_a_stream_without_chunk_sizes(tiny):
     assert b"chunked" not in head.lower()
     assert text.startswith(b"data: ") and text.endswith(b"data: [DONE]\n\n")
     assert all(line.startswith(b"data: ") for line in text.split(b"\n") if line)
+
+
+@pytest.mark.parametrize("requests", [1, 2, 3])
+def test_a_client_that_pipelines_and_leaves_frees_its_slot_too(tiny, requests, caplog):
+    body = json.dumps({"prompt": "hello", "max_tokens": 1900, "ignore_eos": True})
+    one = ("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+           f"Content-Length: {len(body)}\r\n\r\n{body}").encode()
+    engine = ContinuousEngine(*tiny, max_len=2048)
+    with shipped(engine) as url:
+        with connected(url) as connection:
+            connection.sendall(one * requests)
+            until(lambda: engine.stats().generated_tokens > 3)
+        until(lambda: engine.stats().running == 0)
+    assert engine.stats().generated_tokens < 1900
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_scarce_files_are_told_once_and_not_for_each_try(tiny, caplog):
+    server = DrainingServer(create_app(ContinuousEngine(*tiny)), "127.0.0.1", 0)
+    others = []
+    loop = SimpleNamespace(default_exception_handler=others.append)
+    for _ in range(1000):
+        server.note_trouble(loop, {"exception": OSError(errno.EMFILE, "too many open files")})
+    server.note_trouble(loop, {"message": "something else"})
+    assert [record.message for record in caplog.records] == [
+        "No file is left for another connection (ulimit -n), so new ones wait"]
+    assert others == [{"message": "something else"}]
 
 
 # Silence

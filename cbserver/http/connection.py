@@ -31,6 +31,7 @@ class BoundedConnection(HttpToolsProtocol):
         self.in_head = True
         self.head_bytes = 0  # of the head that is arriving
         self.head_timer = None
+        self.cycles = []  # requests whose answers are not done: one, or more where a client pipelines
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -39,6 +40,9 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, error):
         self.head_timer.cancel()
+        for cycle in self.cycles:  # uvicorn tells the last one only that its client has gone
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(error)
 
     def await_head(self, seconds):
@@ -72,6 +76,8 @@ class BoundedConnection(HttpToolsProtocol):
         self.in_head = False
         self.head_timer.cancel()
         super().on_headers_complete()
+        self.cycles = [cycle for cycle in self.cycles if not cycle.response_complete]
+        self.cycles.append(self.cycle)
         if self.scope["http_version"] == "1.0":  # knows no chunks: a body ends with its connection
             self.cycle.chunked_encoding = False
             self.cycle.expected_content_length = AnyLength()
