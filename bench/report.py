@@ -411,7 +411,8 @@ FORMULAS = [
     ("TTFT", "request sent (open loop: due) → first token"),
     ("E2E", "request sent → last token"), ("ITL", "each gap between two tokens, all pooled"),
     ("TPOT", "(E2E − TTFT) ÷ (tokens − 1) of a request"),
-    ("p50, p90, p99", "nearest rank; under 100 requests the last is called slowest"),
+    ("p50, p90, p99", "nearest rank, of the requests that ended within the time that counts; under "
+                      "100 of them the last is called slowest"),
     ("goodput", "requests ÷ second that met every target"),
     ("spread", "slowest and fastest repeat; the number itself is the median"),
     ("use", "GPU: % of time that any kernel ran. CPU: % of all cores, of the server's process"),

@@ -96,17 +96,17 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
 
 
 def summary(records, window, span, cpu, wanted):
-    """`summarize`, and what tells whether to believe it.
+    """`summarize`, and what tells whether to believe it, of the requests that ended in `span`.
 
     tokens_per_event: above 1, gaps between events are not gaps between tokens. errors: how often
     each came. client_cpu: % of one core that a process of Locust used; near 100 the client was the
     limit. client_in_flight: for Little's law.
     """
-    done = [r for r in records if r.error is None]
-    tokens = sum(r.completion_tokens for r in done)
-    events = sum(len(r.token_times) for r in done)
+    ended = ended_within(records, *span)
+    tokens = sum(r.completion_tokens for r in ended)
+    events = sum(len(r.token_times) for r in ended)
     numbers = summarize(records, window)
-    numbers["itl_histogram"] = histogram([1e3 * gap for r in done for gap in r.itl])
+    numbers["itl_histogram"] = histogram([1e3 * gap for r in ended for gap in r.itl])
     numbers["window_s"] = window and round(window[1] - window[0], 3)
     numbers["tokens_per_event"] = round(tokens / events, 3) if events else None
     numbers["errors"] = dict(collections.Counter(r.error for r in records if r.error))
@@ -156,8 +156,12 @@ def goodput(records, wanted, first, last):
                 return False
         return True
 
-    ended = [r for r in records if not r.error and first <= r.token_times[-1] <= last]
-    return round(sum(map(met, ended)) / (last - first), 3)
+    return round(sum(map(met, ended_within(records, first, last))) / (last - first), 3)
+
+
+def ended_within(records, first, last):
+    """The requests that were answered, and whose last token came between two times."""
+    return [r for r in records if not r.error and first <= r.token_times[-1] <= last]
 
 
 def mean_in_flight(records, first, last):

@@ -19,7 +19,7 @@ from conftest import ROOT
 from bench import compare, report
 from cbserver.metrics import RequestRecord, summarize
 from load.process import LoadFailed, free_port, python_module
-from load.run import goodput, mean_in_flight, run_load, targets
+from load.run import goodput, mean_in_flight, run_load, summary, targets
 from load.workload import LENGTHS, arrivals, conversations, workload
 
 TTFT = 0.2  # seconds, planted
@@ -470,6 +470,29 @@ def test_a_hand_made_log_gives_hand_computed_numbers():
     assert summary["e2e_ms"]["p50"] == 2000 and summary["e2e_ms"]["p99"] == 5000
     assert summary["itl_ms"]["p50"] == 500 and summary["itl_ms"]["mean"] == 1000
     assert summary["tpot_ms"]["p50"] == 500 and summary["tpot_ms"]["p99"] == 2000
+
+
+def test_latencies_are_of_the_requests_that_ended_in_the_window_as_throughput_is():
+    ramp = [RequestRecord(start=0.0, token_times=[0.01, 5.0], completion_tokens=2)] * 60
+    steady = [RequestRecord(start=12.0, token_times=[13.0, 18.0], completion_tokens=2)] * 40
+    cut = [RequestRecord(start=9.0, token_times=[10.5, 30.0], completion_tokens=2)]  # ends later
+    failed = [RequestRecord(start=1.0, error="HTTP 429: full")]
+    numbers = summarize(ramp + steady + cut + failed, (10.0, 20.0))
+    assert (numbers["requests"], numbers["requests_per_s"]) == (40, 4.0)
+    assert numbers["failures"] == 1, "no failure is hidden, whenever it was"
+    assert numbers["completion_tokens"] == 81 and numbers["tokens_per_s"] == 8.1
+    assert numbers["ttft_ms"] == {"p50": 1000, "p90": 1000, "p99": 1000, "mean": 1000}
+    assert numbers["e2e_ms"]["p50"] == 6000 and numbers["itl_ms"]["p99"] == 5000
+    early = summarize(cut, (10.0, 20.0))
+    assert (early["requests"], early["ttft_ms"]["p50"], early["tokens_per_s"]) == (0, None, 0.1)
+
+
+def test_gaps_and_tokens_an_event_are_of_the_window_too():
+    ramp = RequestRecord(start=0.0, token_times=[1.0, 2.0], completion_tokens=20)
+    steady = RequestRecord(start=11.0, token_times=[12.0, 12.1], completion_tokens=2)
+    numbers = summary([ramp, steady], (10.0, 20.0), (10.0, 20.0), [], {})
+    assert numbers["tokens_per_event"] == 1 and sum(numbers["itl_histogram"]) == 1
+    assert numbers["itl_ms"]["p50"] == 100
 
 
 def main():
