@@ -10,7 +10,6 @@ from pathlib import Path
 
 import gevent
 import locust.stats
-from geventhttpclient.response import HTTPParseError
 from locust import FastHttpUser, constant, events, task
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the `locust` 
 
 from cbserver.metrics import RequestRecord  # noqa: E402
 from load.process import SKIP_WARNING, first_model  # noqa: E402
+from load.sse import DONE, StreamFailed, data_of, error_message, read_event  # noqa: E402
 from load.workload import NAMES, arrivals, conversations, stream  # noqa: E402
 
 # Locust rounds to two digits to keep its histogram small; whole milliseconds are small enough here.
@@ -212,10 +212,6 @@ class Load:
             self.file.close()
 
 
-class StreamFailed(Exception):
-    """The server answered 200 and then did not keep its word; the message says how."""
-
-
 class CompletionUser(FastHttpUser):
     """Sends one request after the other.
 
@@ -253,19 +249,26 @@ class CompletionUser(FastHttpUser):
     def send(self, request, record):
         """Send one request and fill its record, as a success or a failure in Locust's table too."""
         path, body = self.load.asked(request, self.said)
-        with self.client.post(path, json=body, headers=self.load.headers, stream=True,
-                              catch_response=True) as response:
+        try:
+            answer = self.client.post(path, json=body, headers=self.load.headers, stream=True,
+                                      catch_response=True)
+        except Exception as error:  # Locust raises where what came back is no HTTP
+            record.error = one_line(f"no answer: {type(error).__name__}: {error}")
+            self.environment.events.request.fire(
+                request_type="POST", name=path, response_time=elapsed_ms(record),
+                response_length=0, context={}, exception=StreamFailed(record.error))
+            return
+        with answer as response:
             try:
                 if response.status_code != 200:
                     raise StreamFailed(refusal(response))
                 read_stream(response.stream, record)
                 response.success()
-            except (StreamFailed, HTTPParseError, OSError) as error:
+            except Exception as error:  # a stranger's bytes cost their own request, not the run
                 record.error = describe(error, record)
                 response.failure(record.error)
             # Locust's own stops at the headers, before the first token.
-            end = time.perf_counter() if record.error else record.token_times[-1]
-            response.request_meta["response_time"] = (end - record.start) * 1e3
+            response.request_meta["response_time"] = elapsed_ms(record)
             response.request_meta["response_length"] = len(record.text)
 
     def add_rows(self, record):
@@ -284,11 +287,11 @@ def read_stream(lines, record):
     done = False
     while line := lines.readline(b"\n"):
         now = time.perf_counter()
-        if line.startswith(b"data:"):
-            data = line[5:].strip()
-            done = data == b"[DONE]"
-            if not done:
-                read_event(json.loads(data), now, record)
+        data = data_of(line)
+        if data == DONE:
+            done = True
+        elif data:
+            note(read_event(data), now, record)
     if not done:
         raise StreamFailed("the stream ended without [DONE]")
     if not record.token_times:
@@ -299,45 +302,40 @@ def read_stream(lines, record):
     del record.token_times[record.completion_tokens:]
 
 
-def read_event(data, now, record):
-    """One event of the stream: an error, a token (its text may be empty), the usage, or both."""
-    if "error" in data:
-        raise StreamFailed(f"error event: {error_message(data)}")
-    for choice in data.get("choices", []):
-        delta = choice.get("delta")
-        if delta:
-            text = (delta.get("content") or delta.get("reasoning_content")
-                    or delta.get("reasoning"))
-        else:
-            text = choice.get("text")
-        if text or "delta" not in choice:  # a chat's first event often brings a role and no token
-            record.token_times.append(now)
-            record.text += text or ""
-    if usage := data.get("usage"):
-        record.prompt_tokens = usage["prompt_tokens"]
-        record.completion_tokens = usage["completion_tokens"]
+def note(event, now, record):
+    """Write down what an event brought, at the time when its line was there."""
+    for text in event.texts:
+        record.token_times.append(now)
+        record.text += text
+    if event.completion_tokens is not None:
+        record.prompt_tokens = event.prompt_tokens
+        record.completion_tokens = event.completion_tokens
 
 
 def refusal(response):
     """Why there was no stream: `HTTP 429: queue full`, or that nobody answered."""
     if not response.status_code:
         return f"no answer: {response.error}"
-    text = response.text or ""
-    with contextlib.suppress(ValueError):
+    text = (response.content or b"").decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, RecursionError):
         text = error_message(json.loads(text))
-    return f"HTTP {response.status_code}: {text[:200]}"
-
-
-def error_message(data):
-    """The message of an OpenAI error object, or of one that is like it."""
-    error = data.get("error", data) if isinstance(data, dict) else data
-    message = error.get("message", error) if isinstance(error, dict) else error
-    return str(message)
+    return f"HTTP {response.status_code}: {text}"
 
 
 def describe(error, record):
     """One sentence; the same for like failures, so that Locust counts them as one."""
     if isinstance(error, StreamFailed):
-        return str(error)
+        return one_line(str(error))
     name = "token" if record.token_times else "headers"
-    return f"the connection broke after the {name}: {type(error).__name__}: {error}"
+    return one_line(f"the connection broke after the {name}: {type(error).__name__}: {error}")
+
+
+def one_line(text):
+    """At most 200 characters in one line, such as every file and terminal can hold."""
+    return " ".join(text.split())[:200].encode("utf-8", "replace").decode("utf-8")
+
+
+def elapsed_ms(record):
+    """From the request to its last token, or to its failure, which is now."""
+    end = time.perf_counter() if record.error else record.token_times[-1]
+    return (end - record.start) * 1e3

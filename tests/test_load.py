@@ -3,6 +3,8 @@
 Run as a script it is that server: `python tests/test_load.py --host 127.0.0.1 --port 8000`.
 """
 import argparse
+import asyncio
+import io
 import itertools
 import json
 import socket
@@ -11,16 +13,18 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT
 
 from bench import compare, report
 from cbserver.metrics import RequestRecord, summarize
+from load import client
 from load.process import LoadFailed, free_port, python_module
 from load.run import goodput, mean_in_flight, run_load, summary, targets
-from load.workload import LENGTHS, arrivals, conversations, workload
+from load.sse import StreamFailed, data_of, read_event
+from load.workload import LENGTHS, arrivals, conversations, token_workload, workload
 
 TTFT = 0.2  # seconds, planted
 GAP = 0.02
@@ -30,7 +34,8 @@ STALL = 0.6
 class FakeServer(BaseHTTPRequestHandler):
     """Streams words after a known delay; `failures` says which requests (by order) go wrong.
 
-    pack: tokens in an event. log: {prompt: [request read, event sent, event sent, ...]}, seconds of
+    A failure that is bytes goes out as it is between two tokens. pack: tokens in an event.
+    log: {prompt: [request read, event sent, event sent, ...]}, seconds of
     the clock that the client has too. bodies: what was asked.
     """
 
@@ -61,6 +66,9 @@ class FakeServer(BaseHTTPRequestHandler):
         if failure == "full":
             error = {"message": "the queue is full", "type": "x", "param": None, "code": None}
             return self.answer(429, {"error": error})
+        if failure == "no HTTP":
+            self.close_connection = True
+            return self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -77,6 +85,8 @@ class FakeServer(BaseHTTPRequestHandler):
             if failure == "error" and i == 2:
                 self.event({"error": {"message": "the engine died"}})
                 break
+            if isinstance(failure, bytes) and i == 2:
+                self.chunk(failure)
             if failure == "cut" and i == 3:
                 self.close_connection = True
                 return self.connection.shutdown(socket.SHUT_RDWR)
@@ -509,15 +519,94 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("name", ["content", "reasoning_content", "reasoning"])
 def test_what_a_model_thinks_aloud_counts_as_its_text(name):
-    # In a process of its own: importing Locust patches the one that does.
-    code = ("import types\n"
-            "from load.locustfile import read_event\n"
-            "record = types.SimpleNamespace(token_times=[], text='')\n"
-            f"read_event({{'choices': [{{'delta': {{'{name}': 'hm'}}}}]}}, 1.5, record)\n"
-            "print(record.token_times, record.text)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
-    assert done.stdout.strip() == "[1.5] hm", done.stderr
+    event = {"choices": [{"delta": {name: "hm"}}], "usage": None, "error": None}
+    assert read_event(json.dumps(event).encode()).texts == ["hm"]
+
+
+# What servers were seen to send, or might: the data of an event, and what is said of it.
+BROKEN = {
+    b'{broken': "an event is no JSON", b"[" * 100_000: "an event is no JSON",
+    b'"a string"': "an event is no JSON object", b"null": "an event is no JSON object",
+    b"\xff\xfe": "an event is no JSON", b"[1]": "an event is no JSON object",
+    b'{"choices": null}': "an event's choices are no list",
+    b'{"choices": {"0": 1}}': "an event's choices are no list",
+    b'{"choices": ["hm"]}': "an event's choice is no object",
+    b'{"choices": [{"text": 5}]}': "an event's text is no text",
+    b'{"choices": [{"delta": "hm"}]}': "an event's delta is no object",
+    b'{"choices": [{"delta": {"content": ["hm"]}}]}': "an event's content is no text",
+    b'{"usage": "many"}': "an event's usage is no object",
+    b'{"usage": {"completion_tokens": 5}}': "an event's usage has no prompt_tokens",
+    b'{"usage": {"prompt_tokens": 5}}': "an event's usage has no completion_tokens",
+    b'{"usage": {"prompt_tokens": 5, "completion_tokens": "5"}}':
+        "an event's usage has no completion_tokens",
+    b'{"usage": {"prompt_tokens": 5, "completion_tokens": -1}}':
+        "an event's usage has no completion_tokens",
+    b'{"usage": {"prompt_tokens": 5, "completion_tokens": 1' + b"0" * 400 + b"}}":
+        "an event's usage has no completion_tokens",
+    b'{"error": "the engine died"}': "error event: the engine died",
+}
+
+
+@pytest.mark.parametrize("data", BROKEN, ids=lambda data: data.decode("latin-1")[:40])
+def test_an_event_that_cannot_be_understood_is_named(data):
+    with pytest.raises(StreamFailed) as caught:
+        read_event(data)
+    assert str(caught.value) == BROKEN[data]
+
+
+@pytest.mark.parametrize("line", [b": ping\n", b":\n", b"\r\n", b"data: \n", b"data:\r\n",
+                                  b"event: ping\n", b"database: 5\n", b"id: 7\n", b"1a\r\n"])
+def test_comments_heartbeats_and_other_fields_bring_no_event(line):
+    assert data_of(line) == b""
+    assert data_of(b"data:{}\r\n") == data_of(b"data: {}\n") == b"{}"
+
+
+def test_the_run_goes_on_past_every_broken_event_and_is_summed_up(serve, tmp_path):
+    failures = {i: b"data: " + data + b"\n\n" for i, data in enumerate(BROKEN)}
+    failures[len(failures)] = "no HTTP"
+    url = serve(failures=failures)
+    result = run_load(url, tmp_path, users=8, spawn_rate=50, workload="short",
+                      requests=len(failures) + 4)
+    assert sorted(r.index for r in result["records"]) == list(range(len(failures) + 4))
+    numbers = result["summary"]
+    assert (numbers["requests"], numbers["failures"]) == (4, len(failures))
+    no_answer = {name for name in numbers["errors"] if name not in BROKEN.values()}
+    assert set(BROKEN.values()) <= numbers["errors"].keys()
+    assert len(no_answer) == 1 and no_answer.pop().startswith("no answer: ")
+    page = result["html"].read_text()
+    assert "an event is no JSON object" in page and "no answer: " in page
+
+
+def test_pings_are_no_tokens_to_either_client(serve, tmp_path):
+    ping = b": ping\n\ndata: \n\nevent: ping\n\n"
+    url = serve(failures=dict.fromkeys(range(10), ping))
+    result = run_load(url, tmp_path, users=2, spawn_rate=50, workload="short", requests=4)
+    numbers = result["summary"]
+    assert (numbers["failures"], numbers["tokens_per_event"]) == (0, 1)
+    assert all(len(r.token_times) == r.completion_tokens == 16 for r in result["records"])
+    outcomes, _ = client.run(url, token_workload("uniform", 3, longest=16), users=1)
+    assert [o.error for o in outcomes] == [None] * 3
+    assert all(len(o.event_times) == o.tokens == 16 for o in outcomes)
+
+
+@pytest.mark.parametrize("last, said", [
+    (b'"a string"', "an event is no JSON object"), (b"{broken", "an event is no JSON"),
+    (b'{"usage": {"prompt_tokens": 5}}', "an event's usage has no completion_tokens"),
+    (b'{"choices": []}', "the last event brings no usage"),
+    (b'{"error": {"message": "it died"}}', "error event: it died"),
+    (b"", "the stream brought no event")])
+def test_the_lean_client_names_what_a_last_event_lacks(last, said):
+    stream = (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\ndata: " + last
+              + b"\n\n\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+    async def ask():
+        reader = asyncio.StreamReader()
+        reader.feed_data(stream)
+        reader.feed_eof()
+        asked = types.SimpleNamespace(prompt_tokens=[1], max_tokens=1)
+        return await client.Connection(reader, io.BytesIO()).ask(asked)
+
+    assert asyncio.run(ask()).error == said
 
 
 def test_the_time_left_follows_the_pace():
