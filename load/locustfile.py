@@ -17,7 +17,7 @@ from locust.runners import MasterRunner, WorkerRunner
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the `locust` script lacks it
 
 from cbserver.metrics import RequestRecord  # noqa: E402
-from load.process import SKIP_WARNING, first_model  # noqa: E402
+from load.process import SKIP_WARNING, base_url, first_model  # noqa: E402
 from load.sse import DONE, StreamFailed, data_of, error_message, read_event  # noqa: E402
 from load.workload import NAMES, arrivals, conversations, stream  # noqa: E402
 
@@ -103,7 +103,7 @@ class Load:
                                     self.options.requests or None)
         self.conversations = itertools.islice(conversations(requests), self.worker, None,
                                               self.workers)
-        host = environment.host or CompletionUser.host
+        host = base_url(environment.host or CompletionUser.host)
         key = self.options.api_key
         self.model = self.options.model or first_model(host, key)
         # Compression would hold tokens back.
@@ -226,6 +226,7 @@ class CompletionUser(FastHttpUser):
     load: Load  # set when a test starts, one for all users
 
     def __init__(self, environment):
+        self.host = base_url(self.host)  # Locust has put --host there
         super().__init__(environment)
         self.turns = []  # of its conversation, still to send
         self.said = []  # messages of its conversation so far

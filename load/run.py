@@ -18,6 +18,7 @@ import psutil
 from cbserver.metrics import RequestRecord, summarize
 from load.process import (
     LoadFailed,
+    base_url,
     check_alive,
     first_model,
     proxy_of,
@@ -54,7 +55,7 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
         maker(workload)
     except ValueError as error:
         raise LoadFailed(str(error))
-    host = host.rstrip("/")
+    host = base_url(host)
     proxy = proxy_of(host)
     if proxy:
         print(f"{host} is asked for its model and counters through {proxy}; the load goes there "
@@ -315,8 +316,9 @@ def interrupt_on_termination():
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), interrupt)
 
 
 def exit_with(action):
@@ -335,7 +337,8 @@ def exit_with(action):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m load.run", description=__doc__.split("\n")[0])
-    parser.add_argument("--host", default="http://127.0.0.1:8000", help="URL of the server")
+    parser.add_argument("--host", default="http://127.0.0.1:8000",
+                        help="URL of the server, with or without its /v1")
     parser.add_argument("--out", default="figures/latest", help="folder for JSONL and HTML")
     parser.add_argument("--model", help="model name to ask for; default: the first listed")
     parser.add_argument("--steady-seconds", type=float, default=0,

@@ -7,6 +7,8 @@ import asyncio
 import io
 import itertools
 import json
+import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -17,12 +19,21 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import ROOT
 
 from bench import compare, report
 from cbserver.metrics import RequestRecord, summarize
 from load import client
-from load.process import LoadFailed, free_port, python_module
-from load.run import goodput, mean_in_flight, run_load, summary, targets
+from load.process import LoadFailed, base_url, free_port, python_module
+from load.run import (
+    exit_with,
+    goodput,
+    mean_in_flight,
+    read_records,
+    run_load,
+    summary,
+    targets,
+)
 from load.sse import StreamFailed, data_of, read_event
 from load.workload import LENGTHS, arrivals, conversations, token_workload, workload
 
@@ -345,6 +356,52 @@ def test_without_usage_an_event_is_a_token_and_steady_time_makes_a_window(serve,
     assert 2 <= summary["window_s"] < 4 and summary["wall_s"] == pytest.approx(summary["window_s"])
     sent = sum(r.completion_tokens for r in result["records"])
     assert summary["completion_tokens"] < sent, "only those inside the window"
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_a_servers_address_may_end_in_v1_as_clients_have_it(end):
+    assert base_url(f"http://127.0.0.1:8000{end}") == "http://127.0.0.1:8000"
+    assert base_url(f"https://host/of/v1models{end}") == "https://host/of/v1models"
+
+
+def test_load_run_and_locust_alone_take_a_host_with_its_v1(serve, tmp_path):
+    url = serve() + "/v1"
+    numbers = run_load(url, tmp_path, users=1, spawn_rate=50, workload="short",
+                       requests=1)["summary"]
+    assert (numbers["requests"], numbers["failures"]) == (1, 0)
+    alone = tmp_path / "alone.jsonl"
+    subprocess.run(python_module("locust", "-f", ROOT / "load" / "locustfile.py", "--headless",
+                                 "--host", f"{url}/", "--users", 1, "--workload", "short",
+                                 "--requests", 1, "--out", alone),
+                   check=True, capture_output=True, timeout=60)
+    record, = read_records(alone)
+    assert record.error is None and record.completion_tokens == 16
+
+
+def test_what_answers_but_not_in_http_is_one_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        def answer():
+            with door.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(LoadFailed, match="No server answers at .*SSH-2.0"):
+            run_load(f"http://127.0.0.1:{door.getsockname()[1]}", ".")
+
+
+def test_a_system_without_sighup_can_be_interrupted_too(monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)  # for the signal to come
+
+    try:
+        assert exit_with(terminate) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_no_server_is_one_sentence_and_exit_code_1(tmp_path):
