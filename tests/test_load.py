@@ -404,6 +404,16 @@ def test_a_system_without_sighup_can_be_interrupted_too(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_locusts_own_table_keeps_whole_milliseconds():
+    # In a process of its own: importing Locust patches the one that does.
+    code = ("import load.locustfile, locust.stats\n"
+            "row = locust.stats.RequestStats().get('a', 'POST')\n"
+            "row.log(147.4, 0)\nrow.log(58760, 0)\nprint(sorted(row.response_times))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout.strip() == "[147, 58760]", done.stderr
+
+
 def test_no_server_is_one_sentence_and_exit_code_1(tmp_path):
     command = python_module("load.run", "--host", f"http://127.0.0.1:{free_port()}", "--out",
                             tmp_path)
