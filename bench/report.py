@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from load.run import EDGES
+from load.run import EDGES, FEW
 
 # Okabe and Ito's colours: told apart with any kind of colour vision.
 COLORS = {"sequential": "#E69F00", "one-slot": "#CC79A7", "static": "#56B4E9",
@@ -22,7 +22,6 @@ STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "a
          "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False,
          "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 150,
          "legend.frameon": False, "figure.titlesize": 12}
-FEW = 100  # with fewer requests, p99 is simply the slowest
 
 
 def style():

@@ -74,6 +74,8 @@ def begin(environment, **_):
     if out and not isinstance(environment.runner, WorkerRunner):  # the master is before them all
         Path(out).write_bytes(b"")
     CompletionUser.load = Load(environment)
+    if out and not isinstance(environment.runner, MasterRunner):
+        gevent.spawn(CompletionUser.load.show_progress)
 
 
 @events.spawning_complete.add_listener
@@ -117,6 +119,8 @@ class Load:
         self.arrivals = arrivals(rate, seed)
         self.began = None  # when the first request of an open loop was taken
         self.in_flight = 0
+        self.live = {}  # {index: record} of the requests that were sent and have not ended
+        self.tokens = 0  # of those that have ended
         self.finished = 0
         self.all_spawned = None  # when all users were
         self.closed = None  # when the steady time was over
@@ -146,9 +150,11 @@ class Load:
         gevent.sleep(max(0, due - time.perf_counter()))
         return request, due
 
-    def give_back(self):
+    def give_back(self, record):
         """A request that was taken is over, however it ended."""
         self.in_flight -= 1
+        self.tokens += len(record.token_times)
+        del self.live[record.index]
 
     def asked(self, request, said):
         """(path, body) of the HTTP request for one request of the workload.
@@ -172,9 +178,28 @@ class Load:
         """Write a record at once, so that an onlooker can count and a crash loses nothing."""
         self.finished += 1
         if self.file:
-            self.file.write(json.dumps(asdict(record)).encode() + b"\n")
+            self.append(json.dumps(asdict(record)).encode() + b"\n")
         if self.steady_enough():
             self.close_window()
+
+    def append(self, line):
+        """Write a whole line; where the disk is full the test ends, for its report would lie."""
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError("only a part of a record could be written")
+        except OSError:
+            self.environment.process_exit_code = 1
+            self.end_test()
+            raise
+
+    def show_progress(self):
+        """Write down twice a second what is in flight: on a slow server nothing ends for long."""
+        path = Path(f"{self.options.out}.progress{self.worker}")
+        while not self.file.closed:
+            tokens = self.tokens + sum(len(record.token_times) for record in self.live.values())
+            with contextlib.suppress(OSError):  # a full disk ends the test elsewhere
+                path.write_text(json.dumps([len(self.live), tokens]), encoding="utf-8")
+            gevent.sleep(0.5)
 
     def begin_steady_time(self):
         """All users are there from now on."""
@@ -235,11 +260,12 @@ class CompletionUser(FastHttpUser):
     def completion(self):
         request, start = self.load.take(self)
         record = RequestRecord(start=start, index=request.index)
+        self.load.live[request.index] = record
         try:
             self.send(request, record)
             self.load.save(record)
         finally:
-            self.load.give_back()
+            self.load.give_back(record)
         if record.error:
             gevent.sleep(0.5)  # a server that refuses is not hammered
         else:

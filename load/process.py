@@ -110,6 +110,18 @@ def warm_up(host, model, api_key=None, timeout=300):
         raise LoadFailed(f"The warm-up request got HTTP {status}: {text[:200]}")
 
 
+def make_folder(path):
+    """Make a folder for results, unless it is there. Raises LoadFailed if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(path, os.W_OK) else "it cannot be written"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise LoadFailed(f"{path} cannot be a folder for results ({reason}): "
+                         "name another with --out.")
+
+
 def free_port():
     """A TCP port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -26,12 +27,15 @@ from cbserver.metrics import RequestRecord, summarize
 from load import client
 from load.process import LoadFailed, base_url, free_port, python_module
 from load.run import (
+    Progress,
+    busy_span,
     exit_with,
     goodput,
     mean_in_flight,
     read_records,
     run_load,
     summary,
+    table,
     targets,
 )
 from load.sse import StreamFailed, data_of, read_event
@@ -420,6 +424,88 @@ def test_no_server_is_one_sentence_and_exit_code_1(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == ""
     assert "No server answers at" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def terminal(*arguments, **options):
+    """`python -m load.run` as a user runs it: its code, its words, its errors."""
+    return subprocess.run(python_module("load.run", *arguments), capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def test_a_terminal_gets_a_table_and_json_if_it_asks_for_it(serve, tmp_path):
+    load = ["--host", serve(failures={2: "full"}), "--users", 4, "--spawn-rate", 50, "--workload",
+            "short", "--requests", 8, "--goodput", "ttft:5000", "--out", tmp_path]
+    done = terminal(*load)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "7 requests answered, 1 failed" in done.stdout and "{" not in done.stdout
+    assert re.search(r"^TTFT( +[\d,.]+){4}$", done.stdout, re.M) and "TTFT ≤ 5000 ms" in done.stdout
+    assert "1 × HTTP 429: the queue is full" in done.stdout and "load.jsonl" in done.stdout
+    assert len(done.stdout.splitlines()) < 25
+    done = terminal(*load, "--json")
+    assert json.loads(done.stdout)["requests"] == 8 and "load.jsonl" in done.stderr
+
+
+def test_when_every_request_failed_the_exit_code_is_1_and_the_reason_stands_there(serve, tmp_path):
+    url = serve(failures={0: "full", 1: "full", 2: "undone"})
+    done = terminal("--host", url, "--users", 1, "--workload", "short", "--requests", 3, "--out",
+                    tmp_path)
+    assert done.returncode == 1 and "0 requests answered, 3 failed" in done.stdout
+    assert done.stderr == "error: Every request failed, 2 of 3 with: HTTP 429: the queue is full\n"
+
+
+def test_a_table_of_nothing_and_of_many_errors_is_a_table_too():
+    failed = [RequestRecord(start=0.0, error=f"HTTP {400 + i % 8}") for i in range(20)]
+    said = table(summary(failed, None, busy_span(failed), [], {}))
+    assert "0 requests answered, 20 failed" in said and "TTFT" not in said
+    assert said.splitlines()[-6:] == [*(f"3 × HTTP {400 + i}" for i in range(4)), "2 × HTTP 404",
+                                      "6 × other errors"]
+
+
+@pytest.mark.parametrize("out", ["a file", "a file/below"])
+def test_results_that_cannot_have_a_folder_are_one_sentence(serve, tmp_path, out):
+    (tmp_path / "a file").write_text("mine")
+    done = terminal("--host", serve(), "--out", tmp_path / out)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "cannot be a folder for results" in done.stderr and "--out" in done.stderr
+    assert (tmp_path / "a file").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+@pytest.mark.parametrize("most, lost", [(2_000, "a record"), (60_000, "the report")])
+def test_what_cannot_be_written_is_an_error_and_no_report_cut_short(serve, tmp_path, most, lost):
+    import resource
+
+    def limit():  # no file may grow beyond it, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    done = terminal("--host", serve(), "--users", 2, "--spawn-rate", 50, "--workload", "short",
+                    "--requests", 8, "--out", tmp_path, preexec_fn=limit)
+    assert done.returncode == 1 and "Locust ended after" in done.stderr, lost
+    assert "exit code 1" in done.stderr and "tokens/s" not in done.stdout
+
+
+def test_progress_tells_what_is_in_flight_before_anything_has_ended(serve, tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(Progress):
+        def show(self, done, flying):
+            seen.append((done, flying))
+            super().show(done, flying)
+
+    monkeypatch.setattr("load.run.Progress", Watched)
+    url = serve(failures=dict.fromkeys(range(3), "slow"))  # 1.2 s for the first ones
+    run_load(url, tmp_path, users=3, spawn_rate=50, workload="short", requests=6)
+    early = [flying for done, flying in seen if done == 0 and flying]
+    assert any(re.fullmatch(r", 3 in flight, \d+ tokens so far", flying) for flying in early), seen
+    assert not list(tmp_path.glob("*.progress*"))
+
+
+def test_a_line_of_progress_has_requests_flight_seconds_and_what_is_left(capsys):
+    progress = Progress("load", 24, lambda done: ", about 1 min left")
+    progress.show(0, ", 8 in flight, 1,312 tokens so far")
+    progress.tell()
+    assert capsys.readouterr().out == ("load: 0 of 24 requests, 8 in flight, 1,312 tokens so far, "
+                                       "0 s, about 1 min left\n")
 
 
 def test_a_server_that_dies_at_start_is_reported_with_its_last_words(tmp_path):
