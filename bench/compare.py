@@ -91,6 +91,7 @@ def compare(options):
     path = options.out / "compare.json"
     result = describe(options)
     result["arms"] = {}
+    result["before"] = {"load_average": psutil.getloadavg()[0], "cores": os.cpu_count()}
     result["roofline"] = roofline(options)
     runs = {arm: [] for arm in options.arms}
     texts = {}  # of each arm's first run

@@ -553,6 +553,53 @@ def test_the_cross_checks_flag_numbers_that_cannot_be(tmp_path):
     assert not any(holds for text, holds in report.checks(result) if "arrival rate" in text)
 
 
+def compared(failures, load_average=0.3):
+    """What bench.compare found of two arms, in each of which so many of 50 requests failed."""
+    arms = {}
+    for (name, failed), speed in zip(failures.items(), (10.0, 44.0)):
+        good = [RequestRecord(start=0.0, token_times=[1.0, 2.0], completion_tokens=2)]
+        bad = [RequestRecord(start=0.0, error="HTTP 503: out of time")]
+        records = good * (50 - failed) + bad * failed
+        run = summary(records, None, busy_span(records), [], {}) | {"tokens_per_s": speed}
+        usage = {"kind": "cpu", "mean": 50.0, "series": [[0, 50]]}
+        arms[name] = compare.arm_result([run | {"utilization": usage, "server_cpu": None}])
+    return {"arms": arms, "model": "tiny", "hardware": "2 CPU cores", "workload": {"users": 50},
+            "versions": {}, "command": "make demo", "date": "today",
+            "before": {"load_average": load_average, "cores": 2}}
+
+
+@pytest.mark.parametrize("failures", [{"sequential": 37, "continuous": 37},
+                                      {"sequential": 0, "continuous": 37},
+                                      {"sequential": 37, "continuous": 0}])
+def test_no_ratio_is_made_of_failures_and_the_report_says_how_many_and_why(failures, tmp_path):
+    result = compared(failures, load_average=14.2)
+    said = report.ratios(result)
+    assert "×" not in said and "4.40" not in said and "no ratio" in said
+    for name, failed in failures.items():
+        told = f"✗ {name}: 37 of 50 requests failed, most of them with: HTTP 503: out of time"
+        assert (told in said) == (failed > 0)
+    failing = [name for name in ("continuous", "sequential") if failures[name]]
+    assert f"no ratio, since requests failed in {' and '.join(failing)}" in said
+    assert "busy before the first run (load average 14.2 on 2 cores)" in said
+    assert "37 of 50" in report.text_table(result) and "37 of 50" in report.table(result)
+    page = report.page(result, tmp_path)
+    assert "no ratio" in page and "37 of 50 requests failed" in page
+    labels = [text.get_text() for text in report.throughput_figure(result).axes[0].texts]
+    assert "×" not in "".join(labels) and "37 of 50\nfailed" in "".join(labels)
+
+
+def test_a_few_failures_leave_the_ratio_and_a_quiet_machine_is_not_called_busy():
+    assert report.ratios(compared({"sequential": 0, "continuous": 0})) == \
+        "continuous ÷ sequential: 4.40×"
+    few = compared({"sequential": 0, "continuous": 0})
+    few["arms"]["continuous"] |= {"failures": 1, "repeats": [{"requests": 199, "failures": 1}]}
+    assert "4.40×" in report.ratios(few) and "1 of 200" in report.text_table(few)
+    said = report.ratios(compared({"sequential": 37, "continuous": 0}))
+    assert "load average was 0.3 on 2 cores" in said and "machine was busy" not in said
+    del few["arms"]["continuous"]
+    assert report.ratios(few) == "", "without the arm there is nothing to compare"
+
+
 def test_the_knee_is_where_more_users_stop_helping():
     levels = [{"users": n, "tokens_per_s": speed, "ttft_ms": {"p50": 5}}
               for n, speed in ((1, 10), (4, 38), (16, 92), (32, 99), (50, 100))]
