@@ -27,6 +27,7 @@ from load.process import (
     ServerProcess,
     first_model,
     gauges,
+    make_folder,
     python_module,
     warm_up,
 )
@@ -86,10 +87,11 @@ class TimeLeft:
 
 def compare(options):
     """Run every arm `options.repeats` times; the result as a dict, on disk after each run."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     path = options.out / "compare.json"
     result = describe(options)
     result["arms"] = {}
+    result["before"] = {"load_average": psutil.getloadavg()[0], "cores": os.cpu_count()}
     result["roofline"] = roofline(options)
     runs = {arm: [] for arm in options.arms}
     texts = {}  # of each arm's first run

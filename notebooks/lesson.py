@@ -143,7 +143,7 @@ def pip_command(wanted, folder):
 
 
 def package(requirement):
-    """`locust>=2.32,<2.47` -> `locust`."""
+    """`locust>=2.43.4,<2.48` -> `locust`."""
     return requirement.split(">")[0].split("<")[0].split("=")[0].strip()
 
 

@@ -48,10 +48,10 @@ def test_the_set_up_replaces_nothing_that_colab_has(tmp_path):
 
 
 def test_the_set_up_holds_pip_to_every_version_that_is_here(tmp_path):
-    command = lesson.pip_command(["locust>=2.32"], tmp_path)
+    command = lesson.pip_command(["locust>=2.43.4"], tmp_path)
     held = Path(command[command.index("-c") + 1]).read_text(encoding="utf-8").splitlines()
     names = {plain(line.split("==")[0]): line.split("==")[1] for line in held}
-    assert command[-1] == "locust>=2.32"
+    assert command[-1] == "locust>=2.43.4"
     for name in ("requests", "torch", "numpy"):
         assert names[name] == installed(sys.executable)[name]
 
