@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from conftest import by_hand, prompt
+from gguf import GGUFWriter
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -199,6 +200,48 @@ def test_a_home_that_cannot_be_written_is_one_sentence_before_the_conversion(mon
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     with pytest.raises(ModelUnavailable, match="CBSERVER_CACHE"):
         load.embedded_smollm2()
+
+
+# The embedded model
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model("smollm2", device="cpu")
+
+
+@pytest.mark.parametrize("text, tokens", [
+    ("Three tips:\n\n1. Sleep.", "Three Ġtips : ĊĊ 1 . ĠSleep ."),
+    ("a  1", "a ĠĠ 1"),
+    ("in 1969, 30%", "in Ġ 1 9 6 9 , Ġ 3 0 %"),
+    ("x²½", "x Â² Â½"),
+    ("\n\nWe're here.", "Ċ Ċ We 're Ġhere .")])
+def test_the_embedded_tokenizer_splits_text_as_its_file_names_it(smollm2, text, tokens):
+    assert smollm2[1].tokenize(text) == tokens.split()
+    assert smollm2[1].decode(smollm2[1](text)["input_ids"]) == text
+
+
+def test_an_answer_with_a_list_is_read_again_as_the_tokens_it_was_made_of(smollm2):
+    model, tokenizer = smollm2
+    question = [{"role": "user", "content": "How do I make tea? Number the steps."}]
+    asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    answer = list(generate_tokens(model, asked, SamplingParams(48)))
+    text = tokenizer.decode(answer)
+    assert "\n\n1. " in text
+    assert tokenizer(text)["input_ids"] == answer
+
+
+def test_a_tokenizer_whose_rule_is_not_known_is_not_converted(tmp_path):
+    for rule in ("gpt-2", "smollm", "llama-bpe"):
+        writer = GGUFWriter(tmp_path / f"{rule}.gguf", "llama")
+        writer.add_tokenizer_pre(rule)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    assert load.splitting_rule(tmp_path / "gpt-2.gguf").pre_tokenize_str("a 12")[1][0] == "Ġ12"
+    assert len(load.splitting_rule(tmp_path / "smollm.gguf").pre_tokenize_str("a 12")) == 4
+    with pytest.raises(ModelUnavailable, match="'llama-bpe', which is not known here"):
+        load.splitting_rule(tmp_path / "llama-bpe.gguf")
 
 
 def test_a_second_gpu_is_one_sentence():

