@@ -8,7 +8,7 @@ __all__ = ['PIECE', 'SlotCache', 'BatchRunner', 'StaticEngine']
 # %% ../notebooks/03_padded_batch_step.ipynb #c03
 import torch
 
-from .model.attention import kv_shape, untouched_zeros, with_attention
+from .model.attention import hidden_states, kv_shape, untouched_zeros, with_attention
 from .model.load import stop_tokens
 from .model.logprobs import note_prompt, note_tokens
 from .model.sampling import sample
@@ -49,6 +49,10 @@ class SlotCache:
         self.span = min(span, self.max_len)
         return self.all_positions[:self.span] <= positions[:, None, :, None]
 
+    def get_seq_length(self, layer=0):
+        """How many positions the pass looks at: some models ask, and then use what is passed."""
+        return self.span
+
     def update(self, keys, values, layer, *args, **kwargs):
         """Store new keys and values, [rows, kv_heads, new, head_dim]; return those in the span."""
         self.store(keys, values, layer)
@@ -78,7 +82,7 @@ class BatchRunner:
     def forward(self, tokens, positions, slots, span):
         """tokens, positions: [rows, new] -> hidden states [rows, new, hidden]."""
         mask = self.cache.select(slots, positions, span)
-        return self.model.base_model(tokens, mask, positions, self.cache)[0]
+        return hidden_states(self.model, tokens, mask, positions, self.cache)
 
     @torch.inference_mode()
     def prefill(self, sequence, end):

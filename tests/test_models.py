@@ -6,6 +6,8 @@ import torch
 from conftest import by_hand, prompt
 from gguf import GGUFWriter
 from transformers import (
+    AfmoeConfig,
+    AfmoeForCausalLM,
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
@@ -125,6 +127,17 @@ def test_a_model_that_cannot_be_narrow_is_tried_with_a_small_window_all_the_same
     check_served(like(LlamaConfig(**SIZES)), BatchRunner)
     with pytest.raises(ModelUnavailable, match="differ"):
         check_served(like(MistralConfig(**SIZES, sliding_window=4096)), BatchRunner)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "gpt_neox", "opt"])
+def test_a_model_of_other_names_and_orders_is_served_as_it_is(name):
+    found = try_model(name)
+    assert found["what"] == "plain", found
+
+
+def test_inputs_are_passed_by_name_so_that_a_model_may_have_them_in_any_order():
+    config = AfmoeConfig(**SIZES | {"head_dim": 16}, layer_types=["full_attention"] * 4)
+    check_served(made_up(AfmoeForCausalLM, config), BatchRunner)
 
 
 @pytest.mark.slow

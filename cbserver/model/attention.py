@@ -1,5 +1,7 @@
 """Attention that leaves grouped heads packed, and the shape of what it keeps of a token."""
 import copy
+import functools
+import inspect
 import mmap
 
 import torch
@@ -11,8 +13,10 @@ from transformers import AttentionInterface
 def kv_shape(model):
     """(layers, kv_heads, head_dim): a token's keys are that many numbers, and so are its values."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, config.num_key_value_heads, head_dim
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, kv_heads, head_dim
 
 
 def rope_limit(config):
@@ -41,17 +45,19 @@ def untouched_zeros(shape, dtype, device):
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def grouped_attention(module, query, keys, values, mask, scaling=None, **kwargs):
+def grouped_attention(module, query, keys, values, attention_mask, scaling=None, **kwargs):
     """Attention that decodes with grouped heads left packed: keys are read once, not per head.
 
     query: [rows, heads, new, head_dim]. keys, values: [rows, kv_heads, span, head_dim].
-    mask: [rows, 1, new, span], true where a query sees a key; None: the new tokens are the last of
-    the span, and each sees what stands before it. Returns ([rows, new, heads, head_dim], None), as
-    transformers wants it.
+    attention_mask: [rows, 1, new, span], true where a query sees a key; None: the new tokens are
+    the last of the span, and each sees what stands before it. scaling: of the scores; None: by the
+    root of head_dim. Returns ([rows, new, heads, head_dim], None), as transformers wants it.
     """
-    decodes = mask is not None and query.shape[2] == 1
+    if scaling is None:
+        scaling = query.shape[3] ** -0.5
+    decodes = attention_mask is not None and query.shape[2] == 1
     attend = attend_packed if decodes else attend_expanded
-    out = attend(query, keys, values, mask, scaling)  # as query
+    out = attend(query, keys, values, attention_mask, scaling)  # as query
     return out.transpose(1, 2), None
 
 
@@ -88,6 +94,24 @@ def has_flash(query):
 
 
 AttentionInterface.register("grouped", grouped_attention)
+
+
+def hidden_states(model, tokens, mask, positions, cache):
+    """One pass without the head: [rows, new, hidden].
+
+    tokens, positions: [rows, new]. mask: [rows, 1, new, span], true where a row sees a key. All are
+    passed by name: models have them in different orders.
+    """
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions,
+              cache_name(type(model.base_model)): cache}
+    return model.base_model(**inputs)[0]
+
+
+@functools.cache
+def cache_name(model_class):
+    """What a model's forward calls the cache: newer versions of transformers have renamed it."""
+    names = inspect.signature(model_class.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def with_attention(model, name="grouped"):
