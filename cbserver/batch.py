@@ -12,6 +12,7 @@ from .model.attention import hidden_states, kv_shape, untouched_zeros, with_atte
 from .model.load import stop_tokens
 from .model.logprobs import note_prompt, note_tokens
 from .model.sampling import sample
+from .model.trial import check_served
 from .sequence import Engine, Status
 
 PIECE = 512  # prompt tokens that one pass reads, at most
@@ -132,11 +133,12 @@ class StaticEngine(Engine):
     """Static batching: fill the slots, run until the longest sequence is done, fill them again.
 
     prefill_budget: prompt tokens read in one pass, if fewer than PIECE. runner: BatchRunner, or one
-    that does the same faster.
+    that does the same faster. Raises ModelUnavailable, as ContinuousEngine does.
     """
 
     def __init__(self, model, tokenizer, max_batch=16, max_len=None, max_waiting=256,
                  prefill_budget=None, runner=BatchRunner):
+        check_served(model, BatchRunner)  # some models' answers would be wrong
         super().__init__(model, tokenizer, max_batch, max_len, max_waiting)
         self.runner = runner(model, max_batch, self.max_len)
         self.piece = min(PIECE, prefill_budget or PIECE)

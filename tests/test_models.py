@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import by_hand, prompt
 from gguf import GGUFWriter
 from transformers import (
@@ -21,13 +22,15 @@ from transformers import (
 
 from bench.models import NAMES, build, try_model
 from cbserver.baseline import generate_tokens
-from cbserver.batch import BatchRunner
+from cbserver.batch import BatchRunner, StaticEngine
 from cbserver.fast import FastStep
 from cbserver.model import load, trial
+from cbserver.model.attention import grouped_attention
 from cbserver.model.load import ModelUnavailable, fit_slots, load_model
 from cbserver.model.sampling import SamplingParams
 from cbserver.model.trial import check_served, fewer_layers, make_up_weights, shrunken
 from cbserver.scheduler import ContinuousEngine
+from cbserver.sequence import SequentialEngine
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
@@ -98,6 +101,50 @@ def test_what_our_passes_would_get_wrong_is_refused_with_one_sentence(name):
     assert len(found["why"]) < 500
 
 
+@pytest.mark.parametrize("name", ["doge", "glm4_moe_lite", "mamba"])
+def test_an_engine_made_by_hand_refuses_what_the_command_line_refuses(tiny, name):
+    model = build(name)
+    for engine_class in (StaticEngine, ContinuousEngine):
+        with pytest.raises(ModelUnavailable, match=f"A {name} model cannot be served here"):
+            engine_class(model, tiny[1])
+    baseline = by_hand(SequentialEngine(model, tiny[1]))  # generate() takes any
+    sequence = baseline.submit([5, 6, 7], SamplingParams(4, ignore_eos=True))
+    baseline.step()
+    assert len(sequence.generated_tokens) == 4
+
+
+def test_a_kind_of_model_is_tried_once(tiny, monkeypatch):
+    ContinuousEngine(*tiny)
+    monkeypatch.setattr(trial, "small_copy", None)
+    ContinuousEngine(*tiny)
+
+
+def test_a_model_whose_numbers_overflow_in_our_passes_alone_is_refused_in_half_precision():
+    class Overflowing(BatchRunner):
+        def forward(self, tokens, positions, slots, span):
+            hidden = super().forward(tokens, positions, slots, span)
+            decodes = tokens.shape[1] == 1 and hidden.dtype == torch.float16
+            return hidden * torch.inf if decodes else hidden
+
+    check_served(load_model("random:tiny", "cpu")[0], Overflowing)
+    with pytest.raises(ModelUnavailable, match="overflow in float16"):
+        check_served(load_model("random:tiny", "cpu", torch.float16)[0], Overflowing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_scores_beyond_float16_are_no_infinities(dtype):
+    rows, span = 3, 20
+    query = torch.randn(rows, 4, 1, 16).to(dtype) * 200
+    keys = torch.randn(rows, 2, span, 16).to(dtype) * 200
+    values = torch.randn(rows, 2, span, 16).to(dtype)
+    mask = torch.ones(rows, 1, 1, span, dtype=torch.bool)
+    found, _ = grouped_attention(None, query, keys, values, mask, 1.0)
+    exact = F.scaled_dot_product_attention(query.double(), keys.double(), values.double(),
+                                           scale=1.0, enable_gqa=True)
+    assert (query.double() @ keys.double().repeat_interleave(2, 1).mT).abs().max() > 65504
+    assert torch.allclose(found.transpose(1, 2).double(), exact, atol=0.02)
+
+
 def test_a_window_counts_where_it_limits_a_layer():
     sizes = SIZES | {"num_hidden_layers": 2}
     model = like(MistralConfig(**sizes, sliding_window=None))
@@ -124,9 +171,10 @@ def test_a_trial_is_small_and_holds_one_layer_of_each_kind():
 
 def test_a_model_that_cannot_be_narrow_is_tried_with_a_small_window_all_the_same(monkeypatch):
     monkeypatch.setattr(trial, "SMALL", {"vocab_size": -1})
-    check_served(like(LlamaConfig(**SIZES)), BatchRunner)
+    sizes = SIZES | {"max_position_embeddings": 999}  # which nobody has tried yet
+    check_served(like(LlamaConfig(**sizes)), BatchRunner)
     with pytest.raises(ModelUnavailable, match="differ"):
-        check_served(like(MistralConfig(**SIZES, sliding_window=4096)), BatchRunner)
+        check_served(like(MistralConfig(**sizes, sliding_window=4096)), BatchRunner)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "gpt_neox", "opt"])

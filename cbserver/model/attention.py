@@ -2,6 +2,7 @@
 import copy
 import functools
 import inspect
+import math
 import mmap
 
 import torch
@@ -32,8 +33,8 @@ def rope_limit(config):
 
 
 def context_of(model):
-    """The most positions that a sequence may have with this model."""
-    return rope_limit(model.config) or model.config.max_position_embeddings
+    """The most positions that a sequence may have with this model; infinity if nothing limits it."""
+    return rope_limit(model.config) or getattr(model.config, "max_position_embeddings", math.inf)
 
 
 def untouched_zeros(shape, dtype, device):
@@ -65,10 +66,21 @@ def attend_packed(query, keys, values, mask, scaling):
     """One new token a row: the query heads that share a key head are rows of one product."""
     kv_heads = keys.shape[1]
     packed = query.view(len(query), kv_heads, -1, query.shape[3])  # [rows, kv_heads, group, dim]
-    scores = packed * scaling @ keys.mT  # [rows, kv_heads, group, span]
+    scores = products(packed * scaling, keys)  # [rows, kv_heads, group, span]
     scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    weights = scores.softmax(-1).to(values.dtype)
     return (weights @ values).view(query.shape)
+
+
+def products(query, keys):
+    """query @ keys.mT in float32: float16 has no number beyond 65,504, and some scores are larger.
+
+    query: [rows, kv_heads, group, head_dim]. keys: [rows, kv_heads, span, head_dim].
+    """
+    if query.is_cuda and query.dtype != torch.float32:  # without a copy of the keys in float32
+        found = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
+        return found.unflatten(0, query.shape[:2])
+    return query.float() @ keys.float().mT
 
 
 def attend_expanded(query, keys, values, mask, scaling):

@@ -55,16 +55,15 @@ def load_model(name=None, device=None, dtype=None):
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     model.eval()
     if dtype != torch.float32:
-        check_finite(model)
+        with torch.inference_mode():
+            check_finite(model(torch.arange(8, device=model.device)[None]).logits)
     return model, tokenizer
 
 
-@torch.inference_mode()
-def check_finite(model):
+def check_finite(logits):
     """Refuse a model whose numbers overflow in half precision, as some do in float16."""
-    logits = model(torch.arange(8, device=model.device)[None]).logits
     if not logits.isfinite().all():
-        kind = str(model.dtype).removeprefix("torch.")
+        kind = str(logits.dtype).removeprefix("torch.")
         raise ModelUnavailable(f"This model's numbers overflow in {kind}: choose another kind with "
                                "--dtype float32.")
 
