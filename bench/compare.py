@@ -34,7 +34,7 @@ from load.run import add_load_options, cpu_curve, cpu_share, exit_with, read_rec
 
 # Every request reads its own prompt, so that only the batching differs.
 ARMS = {
-    "sequential": ["--engine", "sequential"],
+    "sequential": ["--engine", "sequential", "--max-batch", "1"],
     "static": ["--engine", "static"],
     "continuous": ["--engine", "continuous", "--no-prefix-reuse"],
     # Batching taken away and nothing else: the rest of a ratio to `sequential` is faster kernels.
