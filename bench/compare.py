@@ -335,7 +335,7 @@ def describe(options):
             "processes": options.processes}
     return {"hardware": hardware(), "model": options.model, "versions": packages,
             "command": options.command,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "workload": load, "max_len": options.max_len, "engine_args": options.engine_args}
 
 

@@ -209,8 +209,8 @@ def test_make_says_what_is_missing(tmp_path):
     pretend = "import sys; sys.version_info = (3, 8, 0)\nexec(sys.argv[1])"
     old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{pretend}' \"$2\"\n")
     old.chmod(0o755)
-    for python, words in (("no-such-python", "install Python 3.10 or newer"),
-                          (old, "3.10 or newer is")):
+    for python, words in (("no-such-python", "install Python 3.11 or newer"),
+                          (old, "3.11 or newer is")):
         done = subprocess.run(["make", "demo", f"PYTHON={python}"], cwd=tmp_path, timeout=60,
                               capture_output=True, text=True)
         assert done.returncode != 0 and words in done.stdout + done.stderr

@@ -11,13 +11,17 @@ from transformers import (
     AfmoeForCausalLM,
     AutoModelForCausalLM,
     Gemma2Config,
+    GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
     Ministral3Config,
     Ministral3ForCausalLM,
     MistralConfig,
+    Phi3Config,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    Starcoder2Config,
 )
 
 from bench.models import NAMES, build, try_model
@@ -153,6 +157,17 @@ def test_a_window_counts_where_it_limits_a_layer():
         check_served(like(MistralConfig(**sizes, sliding_window=4096)), BatchRunner)
     with pytest.raises(ModelUnavailable, match="gemma2"):
         check_served(like(Gemma2Config(**sizes, head_dim=16)), BatchRunner)
+
+
+@pytest.mark.parametrize("config_class, settings", [
+    (GraniteConfig, {"logits_scaling": 8.0}), (Phi3Config, {"sliding_window": 2047}),
+    (Starcoder2Config, {"sliding_window": 4096}),
+    (Lfm2Config, {"layer_types": ["conv", "conv", "full_attention", "conv"]})])
+def test_settings_of_a_checkpoint_may_have_a_kind_refused_that_its_defaults_do_not(
+        config_class, settings):
+    check_served(like(config_class(**SIZES)), BatchRunner)
+    with pytest.raises(ModelUnavailable):
+        check_served(like(config_class(**SIZES | settings)), BatchRunner)
 
 
 def like(config):
