@@ -35,7 +35,7 @@ from load.run import add_load_options, cpu_curve, cpu_share, exit_with, read_rec
 
 # Every request reads its own prompt, so that only the batching differs.
 ARMS = {
-    "sequential": ["--engine", "sequential"],
+    "sequential": ["--engine", "sequential", "--max-batch", "1"],
     "static": ["--engine", "static"],
     "continuous": ["--engine", "continuous", "--no-prefix-reuse"],
     # Batching taken away and nothing else: the rest of a ratio to `sequential` is faster kernels.
@@ -337,7 +337,7 @@ def describe(options):
             "processes": options.processes}
     return {"hardware": hardware(), "model": options.model, "versions": packages,
             "command": options.command,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "workload": load, "max_len": options.max_len, "engine_args": options.engine_args}
 
 

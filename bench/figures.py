@@ -131,7 +131,8 @@ def models_text():
     said = {"fused": "exact, and fused by the fast step", "plain": "exact",
             "refused": "refused at load, with one sentence",
             "not built": "not tried: no tiny one could be made"}
-    lines = ["| in company, with made-up weights | of them | types |", "| --- | ---: | --- |"]
+    lines = ["| in company, with default settings and made-up weights | of them | types |",
+             "| --- | ---: | --- |"]
     for what, words in said.items():
         names = [row["model"] for row in result["rows"] if row["what"] == what]
         shown = ", ".join(names) if what in ("fused", "plain") else ""

@@ -110,7 +110,7 @@ def measure(options):
             print(json.dumps(rows[-1]), flush=True)
             del engine
             torch.cuda.empty_cache()
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result = {"command": options.command, "date": now, "hardware": hardware(),
               "model": options.model, "versions": versions("torch", "transformers", "triton"),
               "slots": SLOTS, "rows": rows}

@@ -93,7 +93,7 @@ def begin(options):
         if options.command not in before["commands"]:
             before["commands"].append(options.command)
         return before
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return setting | {"commands": [options.command], "date": now, "rows": []}
 
 

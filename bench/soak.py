@@ -41,7 +41,7 @@ async def soak(url, options, watch):
             asked = connection.ask(next(requests), leave_after=3 if leaves else None)
             try:
                 outcome = await asyncio.wait_for(asked, PATIENCE)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 outcome = Outcome(error=f"no answer within {PATIENCE} s")
             done.append(outcome)
             if outcome.error:

@@ -24,7 +24,7 @@ def parse(argv=None):
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
     add("--max-batch", type=int, help="sequences served at once (16, or as many as fit)")
-    add("--max-len", type=int, help="tokens of prompt and answer together (2048)")
+    add("--max-len", type=int, help="tokens of prompt and answer together (2048, or what model and memory allow)")
     add("--max-waiting", type=int, default=256, help="requests that may wait before 429 (256)")
     add("--prefill-budget", type=int, help="prompt tokens read in a step (2048 on a GPU, else 512)")
     add("--dtype", choices=DTYPES,
@@ -65,6 +65,10 @@ def parse(argv=None):
         parser.error(str(error))
     if not 0 <= args.silence < math.inf:
         parser.error("--silence must be 0 or more")
+    if args.max_len == 1:
+        parser.error("--max-len must be 2 or more: a token of the prompt and one of the answer")
+    if args.engine == "sequential" and (args.max_batch or 1) > 1:
+        parser.error("--engine sequential serves one at a time: --max-batch needs another engine")
     if not 0 < args.port < 65536:
         parser.error("--port must be 1 to 65535")
     if args.prefix_reuse and args.engine != "continuous":
@@ -102,6 +106,10 @@ def main(argv=None, engine_class=None):
         from .processes import HttpProcesses, preload
 
         preload()
+        cores = os.cpu_count()
+        if args.http_processes > cores:
+            print(f"{args.http_processes} processes for HTTP share {cores} CPU cores with the engine: "
+                  "fewer serve as well.", flush=True)
     failures = process.prepare()
     try:
         engine = process.load_engine(args, engine_class)

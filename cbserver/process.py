@@ -20,7 +20,7 @@ from .batch import BatchRunner, StaticEngine
 from .fast import FastStep
 from .http.connection import bounded
 from .http.doors import with_direct_send
-from .model.load import default_model, fit_slots, load_model
+from .model.load import check_context, default_model, fit_slots, load_model
 from .model.trial import check_served
 from .prefix import PrefixEngine, PrefixStep
 from .scheduler import ContinuousEngine
@@ -102,8 +102,9 @@ def build_engine(args, engine_class=None):
     model, tokenizer = load_model(args.model, dtype=dtype)
     engine_class = engine_class or ENGINES[args.engine]
     if engine_class is SequentialEngine:
+        check_context(model, args.max_len)
         return SequentialEngine(model, tokenizer, 1, args.max_len, args.max_waiting)
-    check_served(model, BatchRunner)
+    check_served(model, BatchRunner)  # or its sizes may not be what they seem
     batch, max_len = fit_slots(model, args.max_batch, args.max_len)
     exact = model.dtype == torch.float32
     reuse = exact if args.prefix_reuse is None else args.prefix_reuse

@@ -15,6 +15,7 @@ import lesson
 import pytest
 from conftest import ROOT
 
+from cbserver import cli, process
 from cbserver.http.tunnel import open_tunnel
 from cbserver.model import load
 from load.process import ServerProcess, free_port, python_module
@@ -78,6 +79,63 @@ def test_slots_are_sized_from_what_is_free(monkeypatch, capsys):
     assert load.fit_slots(model, 7, 1000) == (7, 1000) and not capsys.readouterr().out
     with pytest.raises(load.ModelUnavailable, match="17 slots of 1000 tokens: 0.0 GB"):
         load.fit_slots(model, 17, 1000)
+    with pytest.raises(load.ModelUnavailable, match="8 slots of 2048 tokens.* room for 15625 tok"):
+        load.fit_slots(model, max_batch=8)  # and not 8 slots of 1953 tokens in silence
+
+
+@pytest.mark.parametrize("engine", ["continuous", "sequential"])
+def test_a_length_beyond_the_models_context_is_refused_with_both_numbers(engine):
+    args = cli.parse(["--engine", engine, "--model", "random:tiny", "--max-len", "2049"])
+    with pytest.raises(load.ModelUnavailable, match="2048 tokens at most.* instead of 2049"):
+        process.build_engine(args)
+    args.max_len = 2048
+    assert process.build_engine(args).max_len == 2048
+
+
+GIB = 2**30
+V2 = "memory.max memory.current inactive_file"
+V1 = "memory.limit_in_bytes memory.usage_in_bytes total_inactive_file"
+
+
+def group(folder, version, most, used, cached):
+    """A control group's files. Each test's numbers are in GiB."""
+    limit, usage, cache = version.split()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / limit).write_text(f"{most * GIB if isinstance(most, int) else most}\n")
+    (folder / usage).write_text(f"{used * GIB}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{cache} {cached * GIB}\n")
+
+
+def left(root, cgroup):
+    """The least that the groups leave to a process, in GiB."""
+    own = root / "cgroup"
+    own.write_text(cgroup)
+    return min(map(load.left_to, load.control_groups(root, own))) / GIB
+
+
+def test_a_containers_memory_counts_and_the_files_it_caches_make_room(tmp_path):
+    group(tmp_path, V2, 8, 5, 2)
+    assert left(tmp_path, "0::/\n") == 5
+    group(tmp_path, V2, "max", 5, 2)
+    assert left(tmp_path, "0::/\n") == float("inf")
+    group(tmp_path / "kubepods" / "pod", V2, 4, 3, 0)
+    group(tmp_path / "kubepods" / "pod" / "own", V2, "max", 1, 0)
+    assert left(tmp_path, "0::/kubepods/pod/own\n") == 1, "a group around it is a limit, too"
+    assert left(tmp_path, "0::/elsewhere\n") == float("inf")
+
+
+def test_version_1_of_control_groups_counts_from_outside_and_from_inside(tmp_path):
+    group(tmp_path / "memory" / "docker" / "abc", V1, 6, 5, 1)
+    cgroup = "9:cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n"
+    assert left(tmp_path, cgroup) == 2
+    group(tmp_path / "memory", V1, 3, 3, 0)
+    assert left(tmp_path, "4:memory:/docker/not/seen/here\n") == 0
+
+
+def test_slots_are_sized_from_what_the_container_leaves(monkeypatch):
+    model, _ = load.load_model("random:tiny", device="cpu")
+    monkeypatch.setattr(load, "left_to", lambda group: 10_000_000)
+    assert load.fit_slots(model) == (16, 976)
 
 
 @pytest.mark.parametrize("args", [("--max-batch", "0"), ("--max-len", "-1"), ("--port", "99999"),
@@ -85,6 +143,23 @@ def test_slots_are_sized_from_what_is_free(monkeypatch, capsys):
 def test_absurd_arguments_are_refused(args):
     done = command("cbserver", *args)
     assert done.returncode == 2 and args[0] in done.stderr
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--max-len", "1"], "2 or more"),
+    (["--engine", "sequential", "--max-batch", "8"], "serves one at a time")])
+def test_what_would_be_lowered_in_silence_is_refused(args, words, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(args)
+    assert words in capsys.readouterr().err
+    cli.parse(["--engine", "sequential", "--max-batch", "1", "--max-len", "2"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes for HTTP need Linux or macOS")
+def test_more_processes_for_http_than_cores_are_one_line():
+    done = command("cbserver", "--model", "random:huge", "--http-processes", "999",
+                   "--port", str(free_port()))
+    assert "999 processes for HTTP share" in done.stdout
 
 
 @pytest.mark.parametrize("flags", [[], ["--http-processes", "2"]])
@@ -134,8 +209,8 @@ def test_make_says_what_is_missing(tmp_path):
     pretend = "import sys; sys.version_info = (3, 8, 0)\nexec(sys.argv[1])"
     old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{pretend}' \"$2\"\n")
     old.chmod(0o755)
-    for python, words in (("no-such-python", "install Python 3.10 or newer"),
-                          (old, "3.10 or newer is")):
+    for python, words in (("no-such-python", "install Python 3.11 or newer"),
+                          (old, "3.11 or newer is")):
         done = subprocess.run(["make", "demo", f"PYTHON={python}"], cwd=tmp_path, timeout=60,
                               capture_output=True, text=True)
         assert done.returncode != 0 and words in done.stdout + done.stderr

@@ -75,7 +75,7 @@ class BodyLimit:
             try:
                 wait = deadline - time.monotonic()
                 message = await asyncio.wait_for(receive(), max(wait, 0))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise APIError(408, f"the body did not arrive within {self.timeout:g} seconds",
                                code="timeout", headers={"Connection": "close"})
             left -= len(message.get("body", b""))
