@@ -70,17 +70,18 @@ async def closed_loop(url, requests, users, thinks=None):
     return outcomes, time.perf_counter() - start
 
 
-async def connect(url):
+async def connect(url, api_key=None):
     where = urlsplit(url)
-    return Connection(*await asyncio.open_connection(where.hostname, where.port))
+    return Connection(*await asyncio.open_connection(where.hostname, where.port), api_key)
 
 
 class Connection:
     """A connection that stays open from one request to the next; after an error it is spent."""
 
-    def __init__(self, reader, writer):
+    def __init__(self, reader, writer, api_key=None):
         self.reader = reader
         self.writer = writer
+        self.authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
 
     def close(self):
         self.writer.close()
@@ -90,7 +91,7 @@ class Connection:
         body = json.dumps({"prompt": request.prompt_tokens, "max_tokens": request.max_tokens,
                            "temperature": 0, "ignore_eos": True, "stream": True,
                            "stream_options": {"include_usage": True}})
-        head = ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head = (f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{self.authorization}"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
         outcome = Outcome(start=time.perf_counter())
         self.writer.write(f"{head}{body}".encode())
