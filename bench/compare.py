@@ -121,6 +121,7 @@ def roofline(options):
     """What bounds our servers' steps on this device; None for a server of another kind."""
     if options.server != python_module("cbserver"):
         return None
+    print("measuring what memory bandwidth allows, for the cross-checks", flush=True)
     found = run_child({"arm": "roofline", "model": options.model, "dtype": None})
     return found | {"slots": 16}
 

@@ -14,6 +14,7 @@ import httpx
 import lesson
 import pytest
 from conftest import ROOT
+from pyngrok.exception import PyngrokNgrokError
 
 from cbserver import cli, process
 from cbserver.http.tunnel import open_tunnel
@@ -190,6 +191,28 @@ def test_without_a_token_there_is_no_tunnel_but_a_sentence(capsys):
     assert open_tunnel(8000, None) is None
     said = capsys.readouterr().out
     assert "NGROK_AUTHTOKEN" in said and len(said.strip().splitlines()) == 1
+
+
+def test_a_secret_of_colabs_is_spoken_of_as_it_is(capsys):
+    open_tunnel(8000, None)
+    said = capsys.readouterr().out
+    assert "a secret of that name will do in a cell" in said and "tunnel=True" in said
+
+
+@pytest.mark.parametrize("error", [
+    FileNotFoundError(2, "No such file or directory", "/nowhere/.config/ngrok"),
+    PermissionError(), PyngrokNgrokError("ngrok said no\nand more"), PyngrokNgrokError("")],
+    ids=repr)
+def test_whatever_keeps_ngrok_away_there_is_a_sentence_and_the_server_goes_on(
+        monkeypatch, capsys, error):
+    def connect(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pyngrok.ngrok.connect", connect)
+    assert open_tunnel(8000, "a token") is None
+    said = capsys.readouterr().out
+    assert said.startswith("No tunnel (") and "stays on localhost" in said
+    assert len(said.strip().splitlines()) == 1
 
 
 def test_the_way_without_make_a_server_and_locust(tmp_path):

@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT
 
 from bench import compare, report
-from cbserver.metrics import RequestRecord, summarize
+from cbserver.metrics import RequestRecord, percentile, summarize
 from load import client
 from load.process import LoadFailed, base_url, free_port, python_module
 from load.run import (
@@ -416,6 +416,18 @@ def test_locusts_own_table_keeps_whole_milliseconds():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           timeout=60)
     assert done.stdout.strip() == "[147, 58760]", done.stderr
+
+
+def test_locusts_percentiles_are_as_the_pages_say_a_rank_above_ours():
+    code = ("import json, locust.stats\n"
+            "theirs = locust.stats.calculate_response_time_percentile\n"
+            "print(json.dumps([[theirs(dict.fromkeys(range(1, n + 1), 1), n, q / 100)\n"
+            "                   for q in (50, 90)] for n in range(1, 101)]))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    for n, found in enumerate(json.loads(done.stdout), 1):
+        for q, theirs in zip((50, 90), found):
+            whole = n * q % 100 == 0
+            assert theirs == percentile(range(1, n + 1), q) + whole, f"p{q} of {n}"
 
 
 def test_no_server_is_one_sentence_and_exit_code_1(tmp_path):
