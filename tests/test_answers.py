@@ -4,7 +4,7 @@ import threading
 
 import httpx
 import pytest
-from conftest import added_text, held, prompt, until
+from conftest import added_text, held, metrics_say, prompt, until
 from test_server import events, post
 
 from cbserver.model.sampling import SamplingParams
@@ -100,6 +100,28 @@ def test_a_full_queue_refuses_all_answers_of_a_request(tiny, served):
         assert post(url, n=3).status_code == 200, "their places in the queue are free again"
         too_many = post(url, n=4).json()["error"]
     assert too_many["param"] == "n" and "1 to 3" in too_many["message"]
+
+
+def test_answers_that_were_refused_together_count_nowhere(tiny, served):
+    engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=3)
+    with held(engine) as go_on, served(engine) as url:
+        async def main():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as session:
+                body = {"prompt": "a", "max_tokens": 2, "ignore_eos": True}
+                first = asyncio.create_task(session.post("/v1/completions", json=body | {"n": 2}))
+                while engine.stats().waiting < 2 and not first.done():
+                    await asyncio.sleep(0.01)
+                for _ in range(20):
+                    refused = await session.post("/v1/completions", json=body | {"n": 3})
+                    assert refused.status_code == 429
+                go_on.set()
+                return await first
+
+        assert asyncio.run(main()).status_code == 200
+        metrics_say(url, 'request_success_total{finished_reason="length"} 2.0',
+                    'requests_refused_total{status="429"} 20.0',
+                    "e2e_request_latency_seconds_count 2.0")
+        assert 'finished_reason="abort"' not in httpx.get(f"{url}/metrics").text
 
 
 @pytest.mark.parametrize("stream", [False, True])
