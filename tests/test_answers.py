@@ -152,7 +152,27 @@ def test_when_the_engine_dies_a_request_with_several_answers_is_told(tiny, monke
     assert response.status_code == 500 and response.json()["error"]["code"] == "engine_failed"
 
 
+def test_a_seed_of_minus_one_is_none(url):
+    body = {"temperature": 1.5, "max_tokens": 24, "seed": -1}
+    assert texts(post(url, **body)) != texts(post(url, **body))
+
+
 # Log-probabilities and echo
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_max_tokens_0_with_echo_scores_the_prompt_and_nothing_more(url, stream):
+    asked = {"prompt": "hello you", "echo": True, "logprobs": 2, "stream": stream,
+             "stream_options": {"include_usage": True}}
+    scored = post(url, max_tokens=0, **asked)
+    more = post(url, max_tokens=1, **asked | {"stream": False}).json()
+    chunks = events(scored.text) if stream else [scored.json()]
+    [choice] = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert choice["text"] == "hello you" and choice["finish_reason"] == "length"
+    usage = chunks[-1]["usage"]
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (0, usage["prompt_tokens"])
+    for name, values in more["choices"][0]["logprobs"].items():
+        assert choice["logprobs"][name] == values[:-1]
 
 
 def test_logprobs_of_a_completion_are_the_same_whole_and_streamed(url, tiny):

@@ -91,6 +91,8 @@ class Answer:
 
     def push(self, token, ends):
         """One more token. ends: it is the model's sign for the end, which is not of the text."""
+        if self.params.prompt_only:
+            return
         if self.count == self.params.min_tokens:
             self.detokenizer.watch(self.params.stop, self.params.stop_token_ids)
         self.count += 1

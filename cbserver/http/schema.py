@@ -86,7 +86,8 @@ class GenerationRequest(Elsewhere):
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="the likeliest tokens with this mass")
     top_k: int = Field(0, ge=-1, lt=2**31, description="the likeliest so many; 0, -1: all")
-    seed: int | None = Field(None, ge=-2**63, lt=2**63, description="same seed, same answer")
+    seed: int | None = Field(None, ge=-2**63, lt=2**63, description="same seed, same answer; "
+                             "-1: none")
     stop: Stop | Annotated[list[Stop], Field(max_length=64)] = Field([], description="ends before")
     stop_token_ids: Annotated[list[StopToken], Field(max_length=64, fail_fast=True)] = Field(
         [], description="tokens that end an answer, beside the model's own")
@@ -118,13 +119,14 @@ class GenerationRequest(Elsewhere):
             raise APIError(400, f"min_tokens: {self.min_tokens} is more than max_tokens "
                            f"{max_tokens}", "min_tokens")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        prompt_only = max_tokens == 0
         return SamplingParams(
-            max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p,
-            top_k=max(self.top_k, 0), seed=self.seed,
-            stop=tuple(filter(None, stop)), ignore_eos=self.ignore_eos,
+            max_tokens=max(max_tokens, 1), temperature=self.temperature, top_p=self.top_p,
+            top_k=max(self.top_k, 0), seed=None if self.seed == -1 else self.seed,
+            stop=tuple(filter(None, stop)), ignore_eos=self.ignore_eos or prompt_only,
             min_p=self.min_p, min_tokens=self.min_tokens,
             stop_token_ids=tuple(self.stop_token_ids), logprobs=self.likeliest(), echo=self.echo,
-            call_format=self.call_format(engine.tokenizer))
+            prompt_only=prompt_only, call_format=self.call_format(engine.tokenizer))
 
     def check(self, engine):
         """Refuse what can be refused by counting: before anything is tokenized or rendered."""
@@ -150,7 +152,7 @@ class GenerationRequest(Elsewhere):
 class CompletionRequest(GenerationRequest):
     prompt: str | Tokens | Texts | Annotated[list[Tokens], Field(fail_fast=True)] = Field(
         description="text or token ids, or a list of them: each has its answer")
-    max_tokens: int = Field(16, ge=1, description="at most so many")
+    max_tokens: int = Field(16, ge=0, description="at most so many; 0: none, for echo alone")
     best_of: Literal[1] = 1
     echo: bool = Field(False, description="the prompt first, with logprobs if they are asked for")
     logprobs: int | None = Field(None, ge=0, le=TOP, description="each token's log-probability, "
@@ -159,6 +161,12 @@ class CompletionRequest(GenerationRequest):
 
     def prompt_count(self):
         return len(each_prompt(self.prompt))
+
+    def check(self, engine):
+        super().check(engine)
+        if self.max_tokens == 0 and not self.echo:
+            raise APIError(400, "max_tokens: 0 gives nothing but the prompt; send echo true with "
+                           "it, or 1 and more", "max_tokens")
 
     def likeliest(self):
         """Of how many tokens log-probabilities are wanted beside the chosen one's; None: of none."""
