@@ -3,6 +3,7 @@ import argparse
 import logging
 import math
 import os
+import re
 import secrets
 import socket
 import sys
@@ -71,6 +72,9 @@ def parse(argv=None):
         parser.error("--engine sequential serves one at a time: --max-batch needs another engine")
     if not 0 < args.port < 65536:
         parser.error("--port must be 1 to 65535")
+    for origin in args.cors or ():
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            parser.error("--cors takes an origin, such as https://example.org, or * for all")
     if args.prefix_reuse and args.engine != "continuous":
         parser.error("--prefix-reuse needs --engine continuous")
     if args.http_processes < 0:

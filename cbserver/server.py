@@ -137,8 +137,9 @@ async def completions(request: Request, body: CompletionRequest):
     "Continue a prompt."
     check_model(request, body.model)
     engine = request.app.state.engine
-    prompts = await asyncio.to_thread(prompt_tokens, engine.tokenizer, body.prompt)
-    params = body.sampling(engine, body.max_tokens or 16)
+    body.check(engine)
+    prompts = await asyncio.to_thread(prompt_tokens, engine.tokenizer, body.prompt, engine.max_len)
+    params = body.sampling(engine, body.max_tokens)
     sequences = fan_out(submit, request, prompts, params, body.n, "prompt")
     return await respond(request, body, sequences, chat=False)
 
@@ -148,8 +149,9 @@ async def chat_completions(request: Request, body: ChatRequest):
     "Answer a conversation."
     check_model(request, body.model)
     engine = request.app.state.engine
+    body.check(engine)
     tokens = await asyncio.to_thread(chat_tokens, engine.tokenizer, body.messages,
-                                     body.template())
+                                     body.template(), engine.max_len)
     room = max(1, engine.max_len - len(tokens))
     params = body.sampling(engine, body.max_completion_tokens or body.max_tokens or room)
     sequences = fan_out(submit, request, [tokens], params, body.n, "messages")

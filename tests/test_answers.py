@@ -4,7 +4,7 @@ import threading
 
 import httpx
 import pytest
-from conftest import added_text, held, prompt, until
+from conftest import added_text, held, metrics_say, prompt, until
 from test_server import events, post
 
 from cbserver.model.sampling import SamplingParams
@@ -102,6 +102,28 @@ def test_a_full_queue_refuses_all_answers_of_a_request(tiny, served):
     assert too_many["param"] == "n" and "1 to 3" in too_many["message"]
 
 
+def test_answers_that_were_refused_together_count_nowhere(tiny, served):
+    engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=3)
+    with held(engine) as go_on, served(engine) as url:
+        async def main():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as session:
+                body = {"prompt": "a", "max_tokens": 2, "ignore_eos": True}
+                first = asyncio.create_task(session.post("/v1/completions", json=body | {"n": 2}))
+                while engine.stats().waiting < 2 and not first.done():
+                    await asyncio.sleep(0.01)
+                for _ in range(20):
+                    refused = await session.post("/v1/completions", json=body | {"n": 3})
+                    assert refused.status_code == 429
+                go_on.set()
+                return await first
+
+        assert asyncio.run(main()).status_code == 200
+        metrics_say(url, 'request_success_total{finished_reason="length"} 2.0',
+                    'requests_refused_total{status="429"} 20.0',
+                    "e2e_request_latency_seconds_count 2.0")
+        assert 'finished_reason="abort"' not in httpx.get(f"{url}/metrics").text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_the_slots_of_all_its_answers(tiny, stream, served):
     engine = ContinuousEngine(*tiny, max_batch=3)
@@ -130,7 +152,27 @@ def test_when_the_engine_dies_a_request_with_several_answers_is_told(tiny, monke
     assert response.status_code == 500 and response.json()["error"]["code"] == "engine_failed"
 
 
+def test_a_seed_of_minus_one_is_none(url):
+    body = {"temperature": 1.5, "max_tokens": 24, "seed": -1}
+    assert texts(post(url, **body)) != texts(post(url, **body))
+
+
 # Log-probabilities and echo
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_max_tokens_0_with_echo_scores_the_prompt_and_nothing_more(url, stream):
+    asked = {"prompt": "hello you", "echo": True, "logprobs": 2, "stream": stream,
+             "stream_options": {"include_usage": True}}
+    scored = post(url, max_tokens=0, **asked)
+    more = post(url, max_tokens=1, **asked | {"stream": False}).json()
+    chunks = events(scored.text) if stream else [scored.json()]
+    [choice] = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert choice["text"] == "hello you" and choice["finish_reason"] == "length"
+    usage = chunks[-1]["usage"]
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (0, usage["prompt_tokens"])
+    for name, values in more["choices"][0]["logprobs"].items():
+        assert choice["logprobs"][name] == values[:-1]
 
 
 def test_logprobs_of_a_completion_are_the_same_whole_and_streamed(url, tiny):

@@ -17,6 +17,7 @@ from conftest import ROOT
 from pyngrok.exception import PyngrokNgrokError
 
 from cbserver import cli, process
+from cbserver.cli import parse
 from cbserver.http.tunnel import open_tunnel
 from cbserver.model import load
 from load.process import ServerProcess, free_port, python_module
@@ -32,6 +33,16 @@ def test_help_explains_every_flag():
     for flag in ("--engine", "--model", "--host", "--port", "--max-batch", "--max-len",
                  "--max-waiting", "--prefill-budget", "--fast", "--api-key", "--tunnel"):
         assert flag in shown
+
+
+@pytest.mark.parametrize("origin", ["nonsense", "example.org", "https://example.org/page", ""])
+def test_what_is_no_origin_is_refused_and_what_is_one_is_taken(origin, capsys):
+    right = ["https://example.org", "http://127.0.0.1:3000", "tauri://localhost", "null", "*"]
+    options = [option for one in right for option in ("--cors", one)]
+    assert parse(options).cors == right
+    with pytest.raises(SystemExit):
+        parse([*options, "--cors", origin])
+    assert "--cors takes an origin" in capsys.readouterr().err
 
 
 def test_a_busy_port_is_one_sentence():

@@ -6,6 +6,8 @@ import pytest
 from conftest import serving
 from test_server import events
 
+from cbserver.http.schema import Message
+from cbserver.http.text import chat_tokens
 from cbserver.http.tools import CallReader, call_format
 from cbserver.model.random_llama import byte_tokenizer
 from cbserver.scheduler import ContinuousEngine
@@ -103,12 +105,34 @@ def test_the_template_gets_the_tools_and_a_history_of_calls(tiny):
                {"role": "tool", "tool_call_id": "call_1", "content": "21 degrees"}]
     with serving(engine) as url:
         assert chat(url, messages=history).status_code == 200
-        broken = [dict(call, function={"name": "weather", "arguments": "{city"})]
-        refused = chat(url, messages=[*QUESTION, {"role": "assistant", "tool_calls": broken}])
-    assert refused.status_code == 400 and "not JSON" in refused.json()["error"]["message"]
     text = engine.tokenizer.decode(seen[0])
     assert text.startswith(json.dumps(TOOL)) or '"name": "weather", "description"' in text
     assert CALL in text and "<tool>21 degrees" in text
+
+
+JOINED = PLAIN.replace("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}")
+PRINTED = PLAIN.replace("{{ c.function.arguments | tojson }}", "{{ c.function.arguments }}")
+ITEMS = PLAIN.replace("{{ c.function.arguments | tojson }}",
+                      "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}")
+CUT_OFF = '{"city": "Os'
+
+
+@pytest.mark.parametrize("template, sent, shown", [
+    (PLAIN, '{"city": "Oslo"}', '{"city": "Oslo"}'), (PLAIN, "", "{}"),
+    (JOINED, '{"city": "Oslo"}', '{"city": "Oslo"}'), (JOINED, "", "{}"),
+    (PRINTED, '{"city": "Oslo"}', '{"city": "Oslo"}'), (ITEMS, '{"city": "Oslo"}', "city=Oslo"),
+    # No object of JSON, as when max_tokens has cut it: the text where that can be shown.
+    (PLAIN, CUT_OFF, json.dumps(CUT_OFF)), (JOINED, CUT_OFF, CUT_OFF), (PRINTED, CUT_OFF, CUT_OFF),
+    (ITEMS, CUT_OFF, ""), (JOINED, "[1]", "[1]")])
+def test_arguments_come_in_the_form_that_the_template_takes(template, sent, shown):
+    tokenizer = byte_tokenizer(512)
+    tokenizer.chat_template = template
+    call = {"id": "call_1", "function": {"name": "weather", "arguments": sent}}
+    tokens = chat_tokens(tokenizer, [Message(role="user", content="hi"),
+                                     Message(role="assistant", tool_calls=[call]),
+                                     Message(role="tool", content="21", tool_call_id="call_1")])
+    text = tokenizer.decode(tokens)
+    assert text.partition('"arguments": ')[2].partition("}\n</tool_call>")[0] == shown
 
 
 def test_a_history_of_calls_that_a_template_drops_is_a_400(tiny):

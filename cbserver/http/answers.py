@@ -17,13 +17,6 @@ def fan_out(submit, request, prompts, params, n, field):
 
     submit(request, tokens, params, field) takes one. Answer k of a prompt draws from seed + k.
     """
-    engine = request.app.state.engine
-    monitor = request.app.state.monitor
-    count = n * len(prompts)
-    limit = max(1, min(MOST, engine.max_waiting))
-    if not 1 <= count <= limit:
-        raise APIError(400, f"{len(prompts)} prompts with n {n} ask for {count} answers; "
-                       f"a request may have 1 to {limit}", "n" if n > 1 else field)
     sequences = []
     try:
         for tokens in prompts:
@@ -31,8 +24,8 @@ def fan_out(submit, request, prompts, params, n, field):
                 sequences.append(submit(request, tokens, with_seed(params, k), field))
     except APIError:
         for sequence in sequences:
-            engine.abort(sequence)
-            monitor.record(sequence, "one of several, refused")
+            request.app.state.engine.abort(sequence)
+            request.app.state.monitor.record(sequence, None)
         raise
     return sequences
 
@@ -98,6 +91,8 @@ class Answer:
 
     def push(self, token, ends):
         """One more token. ends: it is the model's sign for the end, which is not of the text."""
+        if self.params.prompt_only:
+            return
         if self.count == self.params.min_tokens:
             self.detokenizer.watch(self.params.stop, self.params.stop_token_ids)
         self.count += 1

@@ -69,7 +69,12 @@ class Monitor:
         self.refused.labels(status).inc()
 
     def record(self, sequence, request_id):
-        """Count a request that has ended, and log it in one line; never what it said."""
+        """Count a request that has ended, and log it in one line; never what it said.
+
+        request_id: None for an answer of a request that was refused as a whole: it counts nowhere.
+        """
+        if request_id is None:
+            return
         start = sequence.arrival_time
         times = sequence.token_times
         end = time.perf_counter()

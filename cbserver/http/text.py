@@ -1,65 +1,148 @@
 """Text into tokens and tokens into text: prompts, chat templates, whole characters, stop strings."""
 import functools
 import json
+import math
+import re
+from itertools import chain
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .errors import APIError
 
-MARK = "(what this message says)"
+NESTING = 100  # levels of brackets in what a template takes: libraries go down by recursion
+# No character, by Unicode: the place where a control token that a client has written is cut.
+CUT = "\ufdd0"
+# What a template is judged by, see `shows`.
+MARK = "what-this-message-says"
+TOOL = {"type": "function", "function": {
+    "name": MARK, "description": "", "parameters": {"type": "object", "properties": {}}}}
+CALL_ID = "a1b2c3d4e"  # nine letters and digits, as Mistral's templates demand
+USER = {"role": "user", "content": "a"}
+ASSISTANT = {"role": "assistant", "content": "b"}
 
 
-def prompt_tokens(tokenizer, prompt):
-    """Token ids of each prompt: of a text or ids, or of a list of either."""
-    prompts = [prompt]
-    if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int)):
-        prompts = prompt
-    return [tokenize(tokenizer, one) if isinstance(one, str) else one for one in prompts]
+def prompt_tokens(tokenizer, prompt, max_len=math.inf):
+    """Token ids of each prompt: of a text or ids, or of a list of either.
+
+    A text that must have more than max_len tokens is a 400, and nothing is tokenized.
+    """
+    prompts = each_prompt(prompt)
+    for one in prompts:
+        if isinstance(one, str):
+            check_length(tokenizer, len(one), max_len, "prompt")
+    return [tokenize(tokenizer, one, "prompt") if isinstance(one, str) else one
+            for one in prompts]
 
 
-def chat_tokens(tokenizer, messages, template=None):
+def each_prompt(prompt):
+    """A list of the prompts in a request's `prompt`, each a text or ids."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    return prompt
+
+
+def check_length(tokenizer, characters, max_len, field):
+    """Refuse a text of so many characters if it must have more than max_len tokens."""
+    if characters > max_len * longest_token(tokenizer):
+        raise APIError(400, f"{field}: {characters} characters are more than the limit of "
+                       f"{max_len} tokens can hold; send less", field, "context_length_exceeded")
+
+
+@functools.lru_cache(8)
+def longest_token(tokenizer):
+    """Characters of the longest token."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
+class ChatTemplate(NamedTuple):
+    """A tokenizer's chat template. tools: whether it is given some, which may choose another."""
+
+    tokenizer: PreTrainedTokenizerFast
+    text: str
+    tools: bool
+
+
+def chat_tokens(tokenizer, messages, template=None, max_len=math.inf):
     """Token ids of a conversation, by the tokenizer's own chat template.
 
-    template: what it takes beside the messages; None: an answer begins after them.
+    template: what it takes beside the messages; None: an answer begins after them. Only the
+    template writes control tokens: one in what a client sends is read as the characters it has.
     """
     if not tokenizer.chat_template:
         raise APIError(400, "this model has no chat template; use /v1/completions", "messages")
+    check_length(tokenizer, sum(len(text_of(m)) for m in messages), max_len, "messages")
     options = template or {"add_generation_prompt": True}
-    turns = [turn(message) for message in messages]
-    if not shows(tokenizer, turns, "developer", options):  # the newer name of the same role
-        for message in turns:
-            if message["role"] == "developer":
-                message["role"] = "system"
-    if options.get("tools") and MARK not in render(tokenizer, turns, marked_tools(options)):
+    judged = chat_template(tokenizer, options.get("tools"))
+    if judged.tools and not shows_tools(judged):
         raise APIError(400, "the model's chat template has no place for tools", "tools")
-    prompt = render(tokenizer, turns, options)
-    called = [call["function"]["name"] for message in turns for call in message.get("tool_calls", [])]
-    if any(name not in prompt for name in called):
-        raise APIError(400, "messages: the model's chat template leaves out tool_calls", "messages")
-    for role in {message["role"] for message in turns} - {"user", "assistant"}:
-        if not shows(tokenizer, turns, role, options):
-            raise APIError(400, "messages: the model's chat template leaves out what a message of "
-                           f"role {role[:100]!r} says", "messages")
-    return tokenize(tokenizer, prompt, add_special_tokens=False)
+    turns = [turn(judged, message) for message in messages]
+    if "developer" in dropped_roles(judged, turns):
+        for message in turns:
+            if message["role"] == "developer":  # the newer name of the same role
+                message["role"] = "system"
+    control = control_tokens(tokenizer)
+    prompt = render(judged, cut(turns, control), cut(options, control))
+    for role in dropped_roles(judged, turns):
+        raise APIError(400, "messages: the model's chat template leaves out what a message of "
+                       f"role {role!r} says", "messages")
+    check_length(tokenizer, len(prompt), max_len, "messages")
+    pieces = [tokenize(tokenizer, piece, "messages", add_special_tokens=False)
+              for piece in prompt.split(CUT)]
+    return list(chain.from_iterable(pieces))
 
 
-def turn(message):
+def chat_template(tokenizer, tools):
+    """The tokenizer's ChatTemplate for a conversation with these tools, or with None."""
+    try:
+        return ChatTemplate(tokenizer, tokenizer.get_chat_template(tools=tools), bool(tools))
+    except ValueError as error:  # there are several, and none for this
+        raise APIError(400, f"the model's chat template: {error}"[:300], "messages")
+
+
+def turn(template, message):
     """A message as templates take it: role, content, and what else it has."""
     more = {"name": message.name, "tool_call_id": message.tool_call_id,
-            "tool_calls": [call_of_turn(call) for call in message.tool_calls]}
+            "tool_calls": [call_of_turn(template, call) for call in message.tool_calls]}
     return {"role": message.role, "content": text_of(message),
             **{name: value for name, value in more.items() if value}}
 
 
-def call_of_turn(call):
-    """A call as templates take it: its arguments are an object, where clients send JSON's text."""
+def dropped_roles(template, turns):
+    """The roles of which the template leaves out what a message says."""
+    places = {(message["role"], index == 0) for index, message in enumerate(turns)}
+    return [role for role, first in sorted(places)
+            if role not in ("user", "assistant") and not shows(template, role, first)]
+
+
+def call_of_turn(template, call):
+    """A call as this template takes it: its arguments an object, or the text that clients send.
+
+    What is no object of JSON, as when max_tokens has cut it, stays text where that can be shown.
+    """
+    forms = argument_forms(template)
+    if not forms:
+        raise APIError(400, "messages: the model's chat template leaves out tool_calls", "messages")
+    text = call.function.arguments or "{}"
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        arguments = json.loads(text)
+        deep = nested(arguments)
+    except RecursionError:
+        deep = True
     except ValueError:
-        raise APIError(400, "messages: the arguments of a tool call are not JSON", "messages")
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
+        arguments = None
+        deep = False
+    if deep:
+        raise APIError(400, "messages: the arguments of a tool call are nested deeper than "
+                       f"{NESTING} levels", "messages")
+    if "object" not in forms or not isinstance(arguments, dict):
+        arguments = text if "text" in forms else {}
+    return call_turn(call.function.name, arguments, call.id)
+
+
+def call_turn(name, arguments, call_id):
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def text_of(message):
@@ -71,39 +154,99 @@ def text_of(message):
     return "".join(part.text for part in message.content)
 
 
-def render(tokenizer, turns, options):
+def nested(value):
+    """Whether a value of JSON has more than NESTING levels."""
+    level = [value]
+    for _ in range(NESTING + 1):
+        inside = [one.values() if isinstance(one, dict) else one
+                  for one in level if isinstance(one, (dict, list))]
+        level = list(chain.from_iterable(inside))
+    return bool(level)
+
+
+def render(template, turns, options):
     """The conversation as one text."""
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return template.tokenizer.apply_chat_template(turns, tokenize=False,
+                                                      chat_template=template.text, **options)
     except Exception as error:  # a template refuses roles and orders in its own words
         raise APIError(400, f"the model's chat template says: {error!r}"[:300], "messages")
 
 
-def marked_tools(options):
-    """The same options with one tool, which is called MARK."""
-    function = {"name": MARK, "description": "", "parameters": {"type": "object", "properties": {}}}
-    return options | {"tools": [{"type": "function", "function": function}]}
+# What a template shows is found out once, with small conversations, and remembered. There are
+# several of them, because many templates demand an order: one in which it shows is enough.
 
 
-def shows(tokenizer, turns, role, options):
-    """Whether the template has the contents of messages of this role in its text, if any are."""
-    marked = [message | {"content": MARK} if message["role"] == role else message
-              for message in turns]
-    if marked == turns:
-        return True
+def tried(template, turns):
+    """A small conversation as one text; empty if the template refuses it."""
+    options = {"add_generation_prompt": True, "tools": [TOOL] if template.tools else None}
     try:
-        return MARK in render(tokenizer, marked, options)
+        return render(template, turns, options)
     except APIError:
-        return False
+        return ""
 
 
-def tokenize(tokenizer, text, **options):
+@functools.lru_cache(64)
+def shows_tools(template):
+    """Whether the template has the tools in its text."""
+    return MARK in tried(template, [USER])
+
+
+@functools.lru_cache(64)
+def argument_forms(template):
+    """How the template takes a call's arguments: "object", "text", both; [] if it shows no calls."""
+    forms = []
+    for name, arguments in (("object", {"key": 1}), ("text", '{"key": 1}')):
+        call = call_turn("called-" + MARK, arguments, CALL_ID)
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        answer = {"role": "tool", "content": "c", "name": "f", "tool_call_id": CALL_ID}
+        texts = [tried(template, [USER, calling]), tried(template, [USER, calling, answer]),
+                 tried(template, [USER, calling, answer, ASSISTANT, USER])]
+        # An object that is written as Python writes it was meant to be text.
+        if any("called-" + MARK in text and "{'key': 1}" not in text for text in texts):
+            forms.append(name)
+    return forms
+
+
+@functools.lru_cache(256)
+def shows(template, role, first):
+    """Whether the template has in its text what a message of this role says: first, or later."""
+    call = call_turn("f", {} if "object" in argument_forms(template) else "{}", CALL_ID)
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    said = {"role": role, "content": "said-" + MARK, "name": "f", "tool_call_id": CALL_ID}
+    before = [[USER], [USER, ASSISTANT], [USER, calling]]
+    after = [[], [USER]]
+    conversations = [[*some, said, *more] for some in ([[]] if first else before) for more in after]
+    return any("said-" + MARK in tried(template, turns) for turns in conversations)
+
+
+@functools.lru_cache(8)
+def control_tokens(tokenizer):
+    """A pattern that matches the first character of each special token; None if there are none."""
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names += tokenizer.all_special_tokens
+    longer = [re.escape(name) for name in names if len(name) > 1]
+    return re.compile(f"(?={'|'.join(longer)}).", re.DOTALL) if longer else None
+
+
+def cut(value, control):
+    """The same value of JSON, its texts cut behind each match of `control`."""
+    if isinstance(value, str) and control is not None:
+        return control.sub(rf"\g<0>{CUT}", value)
+    if isinstance(value, dict):
+        return {cut(name, control): cut(inner, control) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [cut(inner, control) for inner in value]
+    return value
+
+
+def tokenize(tokenizer, text, field, **options):
     """Token ids of a text; half of a surrogate pair is a 400."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise APIError(400, "the prompt has half of a surrogate pair in it, which is no character",
-                       "prompt")
+        raise APIError(400, f"{field}: there is half of a surrogate pair in it, which is no "
+                       "character", field)
     return tokenizer(text, **options)["input_ids"]
 
 
