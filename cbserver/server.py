@@ -118,6 +118,10 @@ async def respond(request, body, sequences, chat):
         watcher = asyncio.create_task(abort_on_disconnect(request, engine, sequences))
         try:
             return JSONResponse(await whole(engine, sequences, reply), headers=headers)
+        except APIError:
+            if not watcher.done():
+                raise
+            return JSONResponse(None, 499)  # its client has left: no refusal, and nobody reads it
         finally:
             watcher.cancel()
 

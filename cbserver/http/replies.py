@@ -21,7 +21,6 @@ class Said:
 
     def __init__(self):
         self.tokens = 0
-        self.letters = 0  # of the tokens' names: where the next one begins
         self.template = None  # a ChunkTemplate, in a stream
         # In a whole answer:
         self.text = ""
@@ -70,7 +69,7 @@ class Reply:
         if said.calls:
             content["message"]["content"] = said.text or None
             content["message"]["tool_calls"] = [call_json(call) for call in said.calls]
-        return {"index": index, **content, "logprobs": self.logprobs(said.logprobs, said),
+        return {"index": index, **content, "logprobs": self.logprobs(said.logprobs),
                 "finish_reason": said.finish_reason}
 
     # As events
@@ -81,7 +80,7 @@ class Reply:
         first = said.tokens == 0
         said.tokens = piece.tokens
         if first or piece.finish_reason or piece.logprobs is not None:
-            return self.piece(piece, said, {"role": "assistant"} if first else {})
+            return self.piece(piece, {"role": "assistant"} if first else {})
         return said.template.fill(piece.text)
 
     def begin(self, index):
@@ -93,14 +92,14 @@ class Reply:
         self.answers[index] = said
         return said
 
-    def piece(self, piece, said, role):
+    def piece(self, piece, role):
         delta = {**role, "content": piece.text}
         if piece.calls:
             delta = {**role, **({"content": piece.text} if piece.text else {}),
                      "tool_calls": [{"index": i, **call_json(call)}
                                     for i, call in enumerate(piece.calls)]}
         choice = {"index": piece.index, **self.content(delta),
-                  "logprobs": self.logprobs(piece.logprobs, said),
+                  "logprobs": self.logprobs(piece.logprobs),
                   "finish_reason": piece.finish_reason}
         return self.event([choice])
 
@@ -125,19 +124,16 @@ class Reply:
                 "total_tokens": prompt_tokens + count,
                 "prompt_tokens_details": {"cached_tokens": cached}}
 
-    def logprobs(self, named, said):
+    def logprobs(self, named):
         """NamedLogprobs as OpenAI's two routes show them; None stays None."""
         if named is None:
             return None
         if self.chat:
             return {"content": [chat_logprob(token) for token in named], "refusal": None}
-        offsets = []
-        for token in named:
-            offsets.append(said.letters)
-            said.letters += len(token.text)
         return {"tokens": [token.text for token in named],
                 "token_logprobs": [token.logprob for token in named],
-                "top_logprobs": [by_text(token) for token in named], "text_offset": offsets}
+                "top_logprobs": [by_text(token) for token in named],
+                "text_offset": [token.begin for token in named]}
 
 
 def chat_logprob(token):
@@ -167,7 +163,7 @@ class ChunkTemplate:
     """Most chunks of a stream differ in their text alone, so their JSON is written once."""
 
     def __init__(self, chunk):
-        self.before, self.after = chunk.split('"TEXT"')
+        self.before, self.after = chunk.rsplit('"TEXT"', 1)  # a model may be called TEXT, too
 
     def fill(self, text):
         return self.before + encode_basestring_ascii(text) + self.after

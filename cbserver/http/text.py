@@ -1,9 +1,10 @@
 """Text into tokens and tokens into text: prompts, chat templates, whole characters, stop strings."""
+import codecs
 import functools
 import json
 import math
 import re
-from itertools import chain
+from itertools import chain, takewhile
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
@@ -255,6 +256,7 @@ class Decoder:
 
     special: the special tokens, which have no text: {what they are called: id}. bytes: ids that
     stand for one byte each, where a vocabulary of words and characters has these for the rest.
+    first: ids that the tokenizer puts in front of every text.
     """
 
     def __init__(self, tokenizer):
@@ -271,6 +273,7 @@ class Decoder:
         self.bytes = {vocabulary[name] for name in names if name in vocabulary}
         if self.text([vocabulary.get("<0x41>", 0)]) != "A":
             self.bytes = set()  # these names stand for themselves
+        self.first = tokenizer("")["input_ids"]
         self.before = tokenizer("a", add_special_tokens=False)["input_ids"]
         self.names = {token: (name, list(name.encode())) for name, token in self.special.items()}
 
@@ -293,13 +296,33 @@ class Decoder:
     def text(self, tokens):
         if self.backend is not None:
             return self.backend.decode(tokens, skip_special_tokens=True)
-        return self.tokenizer.decode(tokens, skip_special_tokens=True,
-                                     clean_up_tokenization_spaces=False)
+        return characters(self.tokenizer.decode(tokens, skip_special_tokens=True,
+                                                clean_up_tokenization_spaces=False))
+
+    def unfinished(self, tokens, text):
+        """How many characters at the end of these tokens' text may still become another one."""
+        if not text.endswith("\ufffd"):
+            return 0
+        row = [*takewhile(self.bytes.__contains__, reversed(tokens))]  # wrong as a whole, or right
+        written = [self.named(token)[1] for token in row[::-1] or tokens]
+        if None in written:
+            return 1
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        read = utf8.decode(b"".join(map(bytes, written)))
+        waiting, _ = utf8.getstate()
+        if not waiting:
+            return 0  # its bytes never become a character, or it is one that looks like this
+        return len(row) - len(read) if row else 1
 
 
 @functools.lru_cache(8)
 def decoder_of(tokenizer):
     return Decoder(tokenizer)
+
+
+def characters(text):
+    """The text with \ufffd for halves of surrogate pairs, which neither JSON nor UTF-8 can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def bytes_of(name):
@@ -322,7 +345,9 @@ class Detokenizer:
 
     window: the last tokens, some of them in front whose text is out, since a decoder may treat the
     first one of a text in its own way; at the beginning those are the prompt's. given: characters
-    of the window's text that are out. held: text that may become a stop string.
+    of the window's text that are out. begun: how the prompt's last character reads while it is not
+    whole: if the answer completes it, it is the answer's. held: text that may become a stop string.
+    length: of all text so far, also of what is held.
     """
 
     FRONT = 8  # tokens: more than the bytes of a character
@@ -331,16 +356,38 @@ class Detokenizer:
         self.decoder = decoder_of(tokenizer)
         self.watch(stop)
         self.window = [t for t in prompt[-4 * self.FRONT:] if t not in self.decoder.skipped]
-        self.given = len(self.decoder.text(self.window))
+        text = self.decoder.text(self.window)
+        self.given = len(text) - self.decoder.unfinished(self.window, text)
+        self.begun = text[self.given:]
         self.held = ""
+        self.length = 0
         self.stopped = False
 
     def watch(self, stop, tokens=()):
         """From now on these texts and tokens end the answer."""
         special = self.decoder.special
-        self.stop = stop
+        self.stop = [StopString(text) for text in stop]
         self.stop_tokens = {special[name] for name in stop if name in special}
         self.stop_tokens.update(tokens)
+
+    def echo(self, prompt):
+        """A prompt's text as it was sent, special tokens too, and where the text of each begins.
+
+        For a Detokenizer that was made without a prompt. Of a last character that is not whole the
+        text comes with the answer's.
+        """
+        texts = []
+        begins = []
+        first = len(self.decoder.first)
+        added = first if prompt[:first] == self.decoder.first else 0  # nobody sent these
+        for index, token in enumerate(prompt):
+            begins.append(self.length)
+            if token not in self.decoder.skipped:
+                texts.append(self.push(token))
+            elif index >= added:
+                name, _ = self.decoder.named(token)
+                texts.append(self.release(self.rest() + name))
+        return "".join(texts), begins
 
     def push(self, token):
         """The text that this token completes; often a word, sometimes nothing."""
@@ -355,42 +402,77 @@ class Detokenizer:
         if token in self.decoder.bytes:
             return ""
         whole = self.decoder.text(self.window)
-        text = settled(whole)
-        new = text[self.given:]
-        self.given = max(self.given, len(text))
+        end = len(whole) - self.decoder.unfinished(self.window, whole)
+        new = whole[self.given:end]
+        self.given = max(self.given, end)
         if len(self.window) > 4 * self.FRONT:
             self.window = self.window[-self.FRONT:]
             self.given = len(self.decoder.text(self.window)) - (len(whole) - self.given)
         return self.release(new)
 
+    def rest(self):
+        """The text of the window that is not out, whole characters or not."""
+        text = self.decoder.text(self.window)[self.given:]
+        self.given += len(text)
+        return text
+
     def finish(self):
         """What is left when no more tokens come."""
         if self.stopped:
             return ""
-        text = self.release(self.decoder.text(self.window)[self.given:])
+        text = self.release(self.rest())
         return text + self.held
 
     def release(self, text):
         """Pass text on, up to a stop string or to what may be the beginning of one."""
+        if text:
+            text = text.removeprefix(self.begun)
+            self.begun = ""
+        self.length += len(text)
         if not self.stop:
             return text
-        text = self.held + text
-        found = [text.find(stop) for stop in self.stop if stop in text]
-        if found:
+        whole = self.held + text
+        begins = []
+        for stop in self.stop:
+            end = stop.find(text)
+            if end:
+                begins.append(len(self.held) + end - len(stop.text))
+        if begins:
             self.stopped = True
             self.held = ""
-            return text[:min(found)]
-        cut = len(text) - max(overlap(text, stop) for stop in self.stop)
-        self.held = text[cut:]
-        return text[:cut]
+            return whole[:min(begins)]
+        cut = len(whole) - max(stop.matched for stop in self.stop)
+        self.held = whole[cut:]
+        return whole[:cut]
 
 
-def settled(text):
-    """The text without a last character that is not whole yet."""
-    return text.removesuffix("\ufffd")
+class StopString:
+    """Looks for a text in one that comes in parts, in the way of Knuth, Morris and Pratt.
 
+    It never goes back, so the cost is linear. matched: how many of its letters the text so far ends
+    with. shorter: at each such number the next smaller one that would be as true; it grows when
+    it is needed.
+    """
 
-def overlap(text, stop):
-    """How many characters at the end of `text` may be the beginning of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return max((n for n in range(1, longest + 1) if text.endswith(stop[:n])), default=0)
+    def __init__(self, text):
+        self.text = text
+        self.matched = 0
+        self.shorter = [0, 0]
+
+    def find(self, part):
+        """Where in the next part of the text it ends; 0 if it does not."""
+        if self.matched == 0 and self.text[0] not in part:  # as nearly always
+            return 0
+        for index, letter in enumerate(part):
+            self.matched = self.longer(self.matched, letter)
+            if self.matched == len(self.shorter):
+                self.shorter.append(self.longer(self.shorter[-1], letter))
+            if self.matched == len(self.text):
+                return index + 1
+        return 0
+
+    def longer(self, matched, letter):
+        """How many letters match with one more, where `matched` did before."""
+        while matched and self.text[matched] != letter:
+            matched = self.shorter[matched]
+        return matched + 1 if self.text[matched] == letter else 0
