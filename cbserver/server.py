@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFUSALS', 'OPEN', 'router', 'submit', 'check_model', 'authorize', 'stream', 'whole', 'attended', 'respond',
-           'abort_on_disconnect', 'completions', 'chat_completions', 'models', 'model_card', 'health', 'ready',
-           'create_app']
+           'completions', 'chat_completions', 'models', 'model_card', 'health', 'ready', 'create_app']
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c03
 import asyncio
@@ -14,7 +13,6 @@ import time
 from contextlib import asynccontextmanager, contextmanager
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 
 from .http import monitor
@@ -22,7 +20,7 @@ from .http.answers import fan_out, pieces, together
 from .http.doors import guard
 from .http.errors import DOCUMENTED, HANDLERS, APIError
 from .http.keys import usable_key
-from .http.replies import DONE, EventStream, Reply, event, until_disconnect
+from .http.replies import DONE, EventStream, Reply, WholeAnswer, event
 from .http.schema import ChatRequest, CompletionRequest
 from .http.text import chat_tokens, prompt_tokens
 from .sequence import EngineStopped, PromptTooLong, QueueFull
@@ -114,22 +112,7 @@ async def respond(request, body, sequences, chat):
         events = stream(engine, sequences, reply, body.stream_options.include_usage)
         return EventStream(events, headers, attendance, app.state.timeout + 5,
                            app.state.silence)
-    with attendance:
-        watcher = asyncio.create_task(abort_on_disconnect(request, engine, sequences))
-        try:
-            return JSONResponse(await whole(engine, sequences, reply), headers=headers)
-        except APIError:
-            if not watcher.done():
-                raise
-            return JSONResponse(None, 499)  # its client has left: no refusal, and nobody reads it
-        finally:
-            watcher.cancel()
-
-
-async def abort_on_disconnect(request, engine, sequences):
-    await until_disconnect(request)
-    for sequence in sequences:
-        engine.abort(sequence)
+    return WholeAnswer(whole(engine, sequences, reply), headers, attendance)
 
 # %% ../notebooks/06_serve_and_benchmark.ipynb #c19
 # HTTPBearer gives the page /docs a field for the key; `authorize` has looked at it before.

@@ -7,6 +7,7 @@ import uuid
 from json.encoder import encode_basestring_ascii
 
 from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 
 DONE = "data: [DONE]\n\n"
 
@@ -167,6 +168,32 @@ class ChunkTemplate:
 
     def fill(self, text):
         return self.before + encode_basestring_ascii(text) + self.after
+
+
+class WholeAnswer(Response):
+    """One JSON object, inside of `attended` while it is made. A client that leaves ends it.
+
+    answer: a coroutine that returns it, or raises APIError.
+    """
+
+    def __init__(self, answer, headers, attended):
+        self.background = None
+        self.extra_headers = headers
+        self.answer = answer
+        self.attended = attended
+
+    async def __call__(self, scope, receive, send):
+        with self.attended:
+            answering = asyncio.create_task(self.answer)
+            leaving = asyncio.create_task(until_disconnect(Request(scope, receive)))
+            try:
+                await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                leaving.cancel()
+                answering.cancel()  # harmless if it is done
+                await asyncio.wait([answering])
+        if not answering.cancelled():
+            await JSONResponse(answering.result(), headers=self.extra_headers)(scope, receive, send)
 
 
 class EventStream(Response):
