@@ -73,7 +73,8 @@ def take_port(host, port, processes=1):
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        first = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][-1]
+        first = socket.create_server(address, family=family, backlog=BACKLOG)
         if sys.platform != "linux":
             return [first] * processes  # whichever process is free accepts
         # Linux shares connections out evenly among sockets with this option. The first one takes

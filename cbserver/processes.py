@@ -79,7 +79,8 @@ class Hub:
         self.drain = drain
         self.monitor = Monitor(engine)
         self.feed = Feed(engine, self.monitor, model_name, max_viewers=0)
-        self.silences = {}  # channel: how often its process was asked for a sign since the last one
+        self.ticks = 0  # how often all were asked for a sign of life
+        self.heard = {}  # channel: the tick at which its process was heard of last
         self.listeners = []
         self.sequences = {}  # number: a request that no process has recorded yet
         self.take = engine.take
@@ -92,7 +93,7 @@ class Hub:
         self.engine.open(self)
         self.engine.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.engine.thread.start()
-        for channel in self.silences:
+        for channel in self.heard:
             listener = threading.Thread(target=self.listen, args=[channel], daemon=True)
             listener.start()
             self.listeners.append(listener)
@@ -105,7 +106,7 @@ class Hub:
             self.send_to_all(*ENDED)
 
     def send_to_all(self, *message):
-        for channel in self.silences:
+        for channel in self.heard:
             channel.send(*message)
 
     # Called by the engine
@@ -138,6 +139,7 @@ class Hub:
     def listen(self, channel):
         """Do what a process asks for, in the order in which it asked."""
         for batch in channel.batches():
+            self.heard[channel] = self.ticks
             for name, *arguments in batch:
                 getattr(self, name)(channel, *arguments)
 
@@ -174,16 +176,13 @@ class Hub:
         self.drain.begin()
 
     def tick(self, channel):
-        """A sign of life."""
-        self.silences[channel] = 0
+        """A sign of life, as every message is one."""
 
-    def ask(self, channel, question, name):
-        """Answer a question about the requests of all processes."""
-        answer = self.feed.snapshot() if name == "snapshot" else self.metrics()
-        channel.send("answer", question, answer)
+    def ask_metrics(self, channel, question):
+        channel.send("answer", question, generate_latest(self.monitor.registry))
 
-    def metrics(self):
-        return generate_latest(self.monitor.registry)
+    def ask_snapshot(self, channel, question):
+        channel.send("answer", question, self.feed.snapshot())
 
     def ended(self, channel):
         """No more will come from there."""
@@ -279,7 +278,7 @@ class RemoteEngine:
         question = next(self.counter)
         answer = self.loop.create_future()
         self.questions[question] = answer
-        self.channel.send("ask", question, name)
+        self.channel.send(f"ask_{name}", question)
         try:
             if not self.thread.is_alive():
                 raise EngineStopped
@@ -457,7 +456,7 @@ class HttpProcesses:
             theirs.close()
             channel = Channel(ours)
             self.children[child] = channel
-            self.hub.silences[channel] = -STARTING / TICK
+            self.hub.heard[channel] = STARTING / TICK
         for listener in self.listeners:
             listener.close()  # the processes have it
         self.hub.start()
@@ -486,17 +485,16 @@ class HttpProcesses:
                     self.drain.deadline = time.monotonic()
                     self.engine.close("error")
             self.drain.is_late()
+            self.hub.ticks += 1
+            self.hub.send_to_all("tick")
             for child in left.values():
-                self.look_after(child)
+                self.look_at(child)
 
-    def look_after(self, child):
-        """Ask a process for a sign of life, and end it if there was none for too long."""
-        channel = self.children[child]
-        # Counted and not timed: a stop of this process is none of theirs.
-        silence = self.hub.silences[channel] * TICK
-        self.hub.silences[channel] += 1
-        channel.send("tick")
-        if silence > self.stall_timeout:
+    def look_at(self, child):
+        """End a process that stands still, or does not end when it should."""
+        # In ticks and not by the clock: if this process stands still, none of those does.
+        silence = self.hub.ticks - self.hub.heard[self.children[child]]
+        if silence * TICK > self.stall_timeout:
             log.error("A process for HTTP (%d) stands still, and is ended", child.pid)
             child.kill()
         elif time.monotonic() > self.drain.deadline + 2 * GRACE:

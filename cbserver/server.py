@@ -167,7 +167,7 @@ async def model_card(request: Request, name: str):
 async def health(request: Request):
     "Alive: 200 until the engine's thread has ended; a supervisor restarts on 503."
     if not request.app.state.monitor.is_alive():
-        raise APIError(503, "the engine has ended or stands still; see the log", code="engine_stopped")
+        raise APIError(503, "the engine has ended or stands still", code="engine_stopped")
     return {"status": "ok"}
 
 

@@ -88,24 +88,26 @@ def get(connection, path):
     return response.status, response.read().decode()
 
 
-def begin_stream(connection, max_tokens=1900):
-    """A streamed answer whose first event has come."""
-    body = {"prompt": "hello", "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0,
-            "stream": True, "stream_options": {"include_usage": True}}
-    connection.request("POST", "/v1/completions", json.dumps(body),
-                       {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    assert response.readline().startswith(b"data: ")
-    return response
+class Stream:
+    """A streamed answer of so many tokens; its first event has come."""
 
+    def __init__(self, connection, tokens=800):
+        body = {"prompt": "hello", "max_tokens": tokens, "ignore_eos": True, "temperature": 0,
+                "stream": True, "stream_options": {"include_usage": True}}
+        connection.request("POST", "/v1/completions", json.dumps(body),
+                           {"Content-Type": "application/json"})
+        self.response = connection.getresponse()
+        self.first = self.response.readline()
+        assert self.first.startswith(b"data: ")
 
-def rest_of(stream):
-    """(text, tokens) of a stream that comes to its end."""
-    events = [line[6:] for line in stream.read().decode().splitlines() if line]
-    assert events[-1] == "[DONE]"
-    *chunks, usage = [json.loads(event) for event in events[:-1]]
-    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-    return text, usage["usage"]["completion_tokens"]
+    def all(self):
+        """(text, tokens) when it has come to its end."""
+        whole = self.first + self.response.read()
+        events = [line[6:] for line in whole.decode().splitlines() if line]
+        assert events[-1] == "[DONE]"
+        *chunks, usage = [json.loads(event) for event in events[:-1]]
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        return text, usage["usage"]["completion_tokens"]
 
 
 def test_connections_are_shared_out_among_the_processes(server):
@@ -126,31 +128,31 @@ def test_a_process_that_stands_still_costs_its_own_clients_and_nobody_else(tmp_p
     with two_processes(tmp_path, "--stall-timeout", 200) as server:
         _, (still, other) = family_of(server)
         scrape = connection_to(other, server)
-        own = [begin_stream(connection_to(still, server)) for _ in range(2)]
+        own = [Stream(connection_to(still, server)) for _ in range(2)]
         asked = connection_to(still, server)
-        others = [begin_stream(connection_to(other, server)) for _ in range(2)]
+        others = [Stream(connection_to(other, server)) for _ in range(2)]
         still.suspend()
         asked.request("GET", "/metrics")
-        found = {rest_of(stream) for stream in others}
-        assert {tokens for _, tokens in found} == {1900}
+        found = {stream.all() for stream in others}
+        assert {tokens for _, tokens in found} == {800}
         status, metrics = get(scrape, "/metrics")
         assert status == 200 and "generation_tokens_total" in metrics
         still.resume()
-        assert {rest_of(stream) for stream in own} == found, "nothing was lost"
+        assert {stream.all() for stream in own} == found, "nothing was lost"
         assert "generation_tokens_total" in asked.getresponse().read().decode()
         for connection in (asked, scrape):
             status, metrics = get(connection, "/metrics")
-            assert "generation_tokens_total 7600.0" in metrics
+            assert "generation_tokens_total 3200.0" in metrics
 
 
 def test_a_process_that_stands_still_for_too_long_ends_the_server(tmp_path):
     with two_processes(tmp_path, "--stall-timeout", 5) as server:
         _, (still, other) = family_of(server)
-        cut_off = begin_stream(connection_to(still, server))
+        cut_off = Stream(connection_to(still, server), 1900)
         still.suspend()
         assert server.process.wait(100) == 1
         with pytest.raises((OSError, http.client.HTTPException)):
-            assert b"[DONE]" in cut_off.read()
+            cut_off.response.read()
         psutil.wait_procs([still, other], 10)
         assert not still.is_running() and not other.is_running()
         assert f"({still.pid}) stands still" in said_by(server)
@@ -269,13 +271,12 @@ def test_sigterm_during_the_start_ends_the_server_without_a_traceback(tmp_path, 
 def test_ctrl_c_twice_ends_all_at_once(tmp_path):
     with two_processes(tmp_path, "--max-batch", 1) as server:
         _, serving = family_of(server)
-        streams = [begin_stream(connection_to(serving[0], server))]
-        for _ in range(8):  # they wait
-            connection = http.client.HTTPConnection("127.0.0.1", server.port)
-            connection.request("POST", "/v1/completions", json.dumps(
-                {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}),
-                {"Content-Type": "application/json"})
-            streams.append(connection)
+        clients = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(8)]
+        body = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
+        for client in clients:
+            client.request("POST", "/v1/completions", json.dumps(body),
+                           {"Content-Type": "application/json"})
+        metrics_say(server.url, "num_requests_waiting 7.0")
         os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does
         until(lambda: "Answers to finish" in said_by(server))
         os.killpg(server.process.pid, signal.SIGINT)
