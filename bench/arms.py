@@ -29,23 +29,42 @@ COMPARED = 64  # requests whose tokens are compared across arms
 SPAN = 512  # keys that every row sees when a single step is timed
 
 
-def run_child(case, limit=900):
-    """Run one case in a fresh process: its numbers. Raises LoadFailed with its last words."""
+def run_child(case, limit=900, say=None):
+    """Run one case in a fresh process: its numbers. Raises LoadFailed with its last words.
+
+    limit: seconds. say: called with a line every ten seconds of them.
+    """
     command = python_module("bench.arms", json.dumps(case))
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True) as child:
         try:
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
-                                  timeout=limit)
-        except subprocess.TimeoutExpired:
-            raise LoadFailed(f"took more than {limit} s")
+            output = wait(child, limit, say)
+        except BaseException:
+            child.kill()
+            raise
         log.seek(0)
         words = [line for line in log.read().splitlines() if line.strip()]
-    if done.returncode or not done.stdout.strip():
+    if child.returncode or not output.strip():
         raise LoadFailed(f"failed ({' | '.join(words[-3:])})")
     for line in words:
         if "No fused step" in line:
             print(line, end="")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def wait(child, limit, say, every=10):
+    """What a child printed, once it has ended; LoadFailed if it takes more than `limit` seconds."""
+    begin = time.monotonic()
+    while True:
+        left = begin + limit - time.monotonic()
+        try:
+            return child.communicate(timeout=max(0, min(every, left)))[0]
+        except subprocess.TimeoutExpired:
+            seconds = time.monotonic() - begin
+            if seconds >= limit:
+                raise LoadFailed(f"took more than {limit} s")
+            if say is not None:
+                say(f"at work, {seconds:.0f} s")
 
 
 def run_case(case):

@@ -177,11 +177,11 @@ def by_guidellm(url, folder):
 
 def by_load_run(url, folder):
     command = [sys.argv[1], "-m", "load.run", "--host", url, "--users", "8", "--spawn-rate", "100",
-               "--workload", "fixed:32x64", "--requests", "96", "--out", folder]
+               "--workload", "fixed:32x64", "--requests", "96", "--out", folder, "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600,
                           env=os.environ | {"CBSERVER_API_KEY": KEY})
     assert done.returncode == 0, done.stderr
-    summary, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{"):])
+    summary = json.loads(done.stdout)
     figures = {name: summary[name]["p50"] for name in ("ttft_ms", "tpot_ms", "e2e_ms")}
     return figures | {"tokens_per_s": summary["tokens_per_s"]}
 

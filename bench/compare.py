@@ -27,6 +27,7 @@ from load.process import (
     ServerProcess,
     first_model,
     gauges,
+    make_folder,
     python_module,
     warm_up,
 )
@@ -34,7 +35,7 @@ from load.run import add_load_options, cpu_curve, cpu_share, exit_with, read_rec
 
 # Every request reads its own prompt, so that only the batching differs.
 ARMS = {
-    "sequential": ["--engine", "sequential"],
+    "sequential": ["--engine", "sequential", "--max-batch", "1"],
     "static": ["--engine", "static"],
     "continuous": ["--engine", "continuous", "--no-prefix-reuse"],
     # Batching taken away and nothing else: the rest of a ratio to `sequential` is faster kernels.
@@ -86,10 +87,11 @@ class TimeLeft:
 
 def compare(options):
     """Run every arm `options.repeats` times; the result as a dict, on disk after each run."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     path = options.out / "compare.json"
     result = describe(options)
     result["arms"] = {}
+    result["before"] = {"load_average": psutil.getloadavg()[0], "cores": os.cpu_count()}
     result["roofline"] = roofline(options)
     runs = {arm: [] for arm in options.arms}
     texts = {}  # of each arm's first run
@@ -119,6 +121,7 @@ def roofline(options):
     """What bounds our servers' steps on this device; None for a server of another kind."""
     if options.server != python_module("cbserver"):
         return None
+    print("measuring what memory bandwidth allows, for the cross-checks", flush=True)
     found = run_child({"arm": "roofline", "model": options.model, "dtype": None})
     return found | {"slots": 16}
 
@@ -335,7 +338,7 @@ def describe(options):
             "processes": options.processes}
     return {"hardware": hardware(), "model": options.model, "versions": packages,
             "command": options.command,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "workload": load, "max_len": options.max_len, "engine_args": options.engine_args}
 
 

@@ -5,7 +5,7 @@ import statistics
 
 import matplotlib
 
-from bench import ladder, prefix, report, soak
+from bench import busy, ladder, prefix, report, soak
 from bench.capacity import validation_table
 from bench.http import event_text, http_figure, http_table
 from bench.invariance import invariance_table
@@ -116,13 +116,23 @@ def invariance_text():
                       "to the next of a few sizes."])
 
 
+def busy_text():
+    """What other work on the machine costs the CPU engine."""
+    result = load("busy-cpu")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join([busy.table(result), "", f"Median (slowest to quickest run) of the engine "
+                      f"alone with {result['slots']} streams, {result['model']} on "
+                      f"{result['hardware']}, {versions}, `{result['command']}`."])
+
+
 def models_text():
     """Which kinds of models are served."""
     result = load("models")
     said = {"fused": "exact, and fused by the fast step", "plain": "exact",
             "refused": "refused at load, with one sentence",
             "not built": "not tried: no tiny one could be made"}
-    lines = ["| in company, with made-up weights | of them | types |", "| --- | ---: | --- |"]
+    lines = ["| in company, with default settings and made-up weights | of them | types |",
+             "| --- | ---: | --- |"]
     for what, words in said.items():
         names = [row["model"] for row in result["rows"] if row["what"] == what]
         shown = ", ".join(names) if what in ("fused", "plain") else ""
@@ -359,7 +369,7 @@ PAGES = {
                            "http": http_text, "invariance": invariance_text,
                            "prefix": prefix_text, "imitation": imitation_text},
     "docs/load-testing.md": {"guidellm": guidellm_text},
-    "docs/operating.md": {"soak": soak_text, "models": models_text},
+    "docs/operating.md": {"busy": busy_text, "soak": soak_text, "models": models_text},
     "docs/live-page.md": {"feed": feed_text},
     "docs/scaling.md": {"ray": ray_text, "capacity": capacity_text}}
 

@@ -47,8 +47,11 @@ async def answer(engine, tokens, params):
     return [token async for token in sequence.stream()]
 
 
-async def beside(engine, requests, crowd, neighbours):
-    """Each request's answer while so many others are served, who come and go meanwhile."""
+async def beside(engine, requests, crowd, neighbours, say=None):
+    """Each request's answer while so many others are served, who come and go meanwhile.
+
+    say: called with a line after each answer.
+    """
     answers = []
     for number, (tokens, params) in enumerate(requests):
         others = [crowd[(7 * number + i) % len(crowd)] for i in range(neighbours)]
@@ -56,6 +59,8 @@ async def beside(engine, requests, crowd, neighbours):
             r.max_tokens, ignore_eos=True))) for r in others]
         answers.append(await answer(engine, tokens, params))
         await asyncio.gather(*tasks)
+        if say is not None:
+            say(f"{len(answers)} of {len(requests)} answers beside {neighbours} others")
     return answers
 
 
@@ -110,7 +115,7 @@ def measure(options):
             print(json.dumps(rows[-1]), flush=True)
             del engine
             torch.cuda.empty_cache()
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result = {"command": options.command, "date": now, "hardware": hardware(),
               "model": options.model, "versions": versions("torch", "transformers", "triton"),
               "slots": SLOTS, "rows": rows}

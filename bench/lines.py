@@ -97,8 +97,10 @@ def engine_lines():
 # Imports go down: a module may use those of the layers above its own in this list.
 LAYERS = [["model.sampling", "model.attention", "model.random_llama", "metrics"],
           ["model.load", "model.logprobs"], ["baseline", "model.trial"], ["sequence"],
-          ["batch", "http.errors", "http.replies", "http.text", "http.tools", "http.tunnel"],
-          ["scheduler", "fast", "http.answers", "http.schema", "http.monitor", "http.doors"],
+          ["batch", "http.errors", "http.replies", "http.text", "http.tools", "http.tunnel",
+           "http.keys"],
+          ["scheduler", "fast", "http.answers", "http.schema", "http.monitor", "http.doors",
+           "http.connection"],
           ["prefix", "server", "process", "processes", "cli"],
           ["on_ray"]]
 

@@ -48,6 +48,7 @@ def memory_and_capability():
 
 def check_engine(options, requests=8):
     """The server's own engine here: answers that stay the same in company, and its warnings."""
+    say("is an answer the same in company? Loading the model once more")
     dtype = getattr(torch, options.dtype) if options.dtype else None
     model, tokenizer = load_model(options.model, dtype=dtype)
     runner = FastStep if options.gpu else BatchRunner
@@ -63,9 +64,13 @@ def check_engine(options, requests=8):
             "fell_back": [str(warning.message) for warning in caught]}
 
 
+def say(line):
+    print(f"report: {line}", flush=True)
+
+
 async def count_equal(engine, asked, crowd):
     await engine.start()
-    alone = await beside(engine, asked, crowd, 0)
-    together = await beside(engine, asked, crowd, NEIGHBOURS)
+    alone = await beside(engine, asked, crowd, 0, say)
+    together = await beside(engine, asked, crowd, NEIGHBOURS, say)
     await engine.stop()
     return sum(a == b for a, b in zip(alone, together))

@@ -136,7 +136,7 @@ def main(arguments=None):
         counts[row["what"]] = counts.get(row["what"], 0) + 1
     print(json.dumps(counts))
     if names == NAMES:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_json({"command": command_line("bench.models", arguments), "counts": counts,
                     "date": now, "hardware": hardware(),
                     "versions": versions("torch", "transformers"), "rows": rows}, OUT)

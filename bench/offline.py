@@ -37,14 +37,18 @@ def measure(options):
         row = find_row(result, case)
         if len(row["repeats"]) > repeat:
             continue
-        print(f"[{number}/{len(plan)}] {name_of(case)}, repeat {repeat + 1}", end=": ", flush=True)
+
+        def say(line, label=f"[{number}/{len(plan)}] {name_of(case)}, repeat {repeat + 1}"):
+            print(f"{label}: {line}", flush=True)
+
+        say("starting")
         try:
-            run = run_child(case)
+            run = run_child(case, say=say)
         except LoadFailed as error:
-            print(error, flush=True)
+            say(error)
             result.setdefault("failed", {})[name_of(case)] = str(error)[:400]
             continue
-        print(f"{run['tokens_per_s']:.0f} tokens/s, warm-up {run['warmup_s']} s", flush=True)
+        say(f"{run['tokens_per_s']:.0f} tokens/s, warm-up {run['warmup_s']} s")
         add_run(row, run)
         result["same_tokens"] = same_tokens(result["rows"])
         save(result, options)
@@ -67,6 +71,7 @@ def measure_stall(result, options):
     arm = "continuous+graphs+fused+kernel" if options.gpu else "continuous"
     first = next(iter(cases(options)))
     for name, budget in (("by the budget", options.prefill_budget), ("in one turn", 8192)):
+        print(f"a long prompt, {name}: starting", flush=True)
         run = run_child(first | {"arm": f"stall:{arm}", "prefill_budget": budget})
         result.setdefault("stall", {})[name] = run
         print(f"a long prompt, {name}: {run}", flush=True)
@@ -93,7 +98,7 @@ def begin(options):
         if options.command not in before["commands"]:
             before["commands"].append(options.command)
         return before
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return setting | {"commands": [options.command], "date": now, "rows": []}
 
 

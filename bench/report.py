@@ -4,6 +4,7 @@
 """
 import argparse
 import base64
+import collections
 import html
 import io
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from load.run import EDGES
+from load.run import EDGES, FEW
 
 # Okabe and Ito's colours: told apart with any kind of colour vision.
 COLORS = {"sequential": "#E69F00", "one-slot": "#CC79A7", "static": "#56B4E9",
@@ -22,7 +23,7 @@ STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "a
          "grid.alpha": 0.3, "axes.axisbelow": True, "axes.spines.top": False,
          "axes.spines.right": False, "figure.dpi": 100, "savefig.dpi": 150,
          "legend.frameon": False, "figure.titlesize": 12}
-FEW = 100  # with fewer requests, p99 is simply the slowest
+MOST_FAILED = 0.01  # of an arm's requests; with more it is compared with no other
 
 
 def style():
@@ -194,7 +195,7 @@ def titled(figure, title, result):
 
 def draw_throughput(axes, result):
     arms = arms_of(result)
-    base = result["arms"].get("sequential", {}).get("tokens_per_s")
+    base = base_speed(result)
     for x, (name, numbers) in enumerate(arms):
         value = numbers["tokens_per_s"]
         repeats = [repeat["tokens_per_s"] for repeat in numbers["repeats"]]
@@ -202,7 +203,9 @@ def draw_throughput(axes, result):
         spread = [[value - min(repeats)], [max(repeats) - value]] if len(repeats) > 1 else None
         axes.bar(x, value, 0.65, color=COLORS[name], yerr=spread, capsize=4)
         label = f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-        if base and name != "sequential":
+        if failed_too_often(numbers):
+            label += f"\n{failures_of(numbers)}\nfailed"
+        elif base and name != "sequential":
             label += f"\n{value / base:.1f}×"
         axes.annotate(label, (x, max(value, *repeats)), (0, 4), textcoords="offset points",
                       ha="center", va="bottom",
@@ -213,6 +216,14 @@ def draw_throughput(axes, result):
         axes.set_xlabel("×: against sequential")
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.22)
+
+
+def base_speed(result):
+    """Tokens/s of the arm that others are compared with; None where there is no fair one."""
+    numbers = result["arms"].get("sequential")
+    if numbers is None or failed_too_often(numbers):
+        return None
+    return numbers["tokens_per_s"]
 
 
 def draw_latencies(pair, result):
@@ -315,7 +326,7 @@ def row(name, numbers):
     latencies = [numbers[key][q] for key in ("ttft_ms", "e2e_ms") for q in ("p50", "p99")]
     return [name, f"{numbers['tokens_per_s']:.1f}", f"{numbers['requests_per_s']:.2f}",
             *("–" if ms is None else f"{seconds(ms / 1e3)} s" for ms in latencies),
-            "–" if usage is None else f"{usage:.0f} %", str(numbers["failures"])]
+            "–" if usage is None else f"{usage:.0f} %", failures_of(numbers)]
 
 
 def table(result):
@@ -337,13 +348,64 @@ def text_table(result):
 
 
 def ratios(result):
-    """How many times the tokens/s of every other arm continuous batching has, a line each."""
-    speeds = {name: numbers["tokens_per_s"] for name, numbers in arms_of(result)}
-    mine = speeds.pop("continuous", None)
-    if not mine:
-        return ""
-    return "\n".join(f"continuous ÷ {name}: {mine / speed:.2f}×"
-                     for name, speed in speeds.items() if speed)
+    """How many times the tokens/s of every other arm continuous batching has, a line each.
+
+    No ratio with an arm in which too many requests failed, but what failed, and why.
+    """
+    lines = []
+    mine = result["arms"].get("continuous")
+    others = [(name, numbers) for name, numbers in arms_of(result) if name != "continuous"]
+    for name, numbers in others if mine else []:
+        failing = [arm for arm in ("continuous", name) if failed_too_often(result["arms"][arm])]
+        if failing:
+            lines.append(f"continuous ÷ {name}: no ratio, since requests failed in "
+                         f"{' and '.join(failing)}")
+        elif numbers["tokens_per_s"]:
+            ratio = mine["tokens_per_s"] / numbers["tokens_per_s"]
+            lines.append(f"continuous ÷ {name}: {ratio:.2f}×")
+    return "\n".join(lines + failures(result))
+
+
+def failures(result):
+    """What failed in the arms where it was too much, why, and how busy the machine was: lines."""
+    lines = [f"✗ {name}: {failures_of(numbers)} requests failed{commonest_error(numbers)}"
+             for name, numbers in arms_of(result) if failed_too_often(numbers)]
+    before = result.get("before")
+    if lines and before:
+        load = f"{before['load_average']:.1f} on {before['cores']} cores"
+        if before["load_average"] > before["cores"]:
+            lines.append(f"The machine was busy before the first run (load average {load}), and "
+                         "requests fail where others take its cores: run this again when it is "
+                         "quiet.")
+        else:
+            lines.append(f"Before the first run the load average was {load}. If the machine got "
+                         "busy with something else, run this again when it is quiet; if not, the "
+                         "servers' logs beside the results say more.")
+    return lines
+
+
+def failed_too_often(numbers):
+    """Whether an arm's speed is that of a lucky part of its requests only."""
+    return numbers["failures"] > MOST_FAILED * sent(numbers)
+
+
+def sent(numbers):
+    """How many requests an arm's repeats sent, answered or not."""
+    return sum(run["requests"] + run["failures"] for run in numbers["repeats"])
+
+
+def failures_of(numbers):
+    """`0`, or `37 of 50`."""
+    if numbers["failures"]:
+        return f"{numbers['failures']} of {sent(numbers)}"
+    return "0"
+
+
+def commonest_error(numbers):
+    errors = collections.Counter()
+    for run in numbers["repeats"]:
+        errors.update(run.get("errors", {}))
+    return f", most of them with: {errors.most_common(1)[0][0]}" if errors else ""
 
 
 def notes(result):
@@ -411,7 +473,8 @@ FORMULAS = [
     ("TTFT", "request sent (open loop: due) → first token"),
     ("E2E", "request sent → last token"), ("ITL", "each gap between two tokens, all pooled"),
     ("TPOT", "(E2E − TTFT) ÷ (tokens − 1) of a request"),
-    ("p50, p90, p99", "nearest rank; under 100 requests the last is called slowest"),
+    ("p50, p90, p99", "nearest rank, of the requests that ended within the time that counts; under "
+                      "100 of them the last is called slowest"),
     ("goodput", "requests ÷ second that met every target"),
     ("spread", "slowest and fastest repeat; the number itself is the median"),
     ("use", "GPU: % of time that any kernel ran. CPU: % of all cores, of the server's process"),

@@ -37,11 +37,15 @@ class Streamer(BaseStreamer):
 def generate(model, prompt_tokens, params, on_token):
     "`model.generate()` for one prompt, in this thread; ends early when `on_token` returns true."
     streamer = Streamer(on_token)
-    if params.seed is not None:
-        torch.manual_seed(params.seed)
     ids = torch.tensor([prompt_tokens], device=model.device)
-    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer,
-                   stopping_criteria=[streamer.stopped], **generate_options(params))
+    seeded = params.seed is not None
+    gpus = [model.device] if ids.is_cuda else []
+    # The seed is this request's alone: afterwards torch's generators go on where they were.
+    with torch.random.fork_rng(gpus, enabled=seeded):
+        if seeded:
+            torch.manual_seed(params.seed)
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer,
+                       stopping_criteria=[streamer.stopped], **generate_options(params))
 
 # %% ../notebooks/01_single_stream_baseline.ipynb #c22
 def generate_tokens(model, prompt_tokens, params=SamplingParams()):

@@ -8,10 +8,11 @@ __all__ = ['PIECE', 'SlotCache', 'BatchRunner', 'StaticEngine']
 # %% ../notebooks/03_padded_batch_step.ipynb #c03
 import torch
 
-from .model.attention import kv_shape, untouched_zeros, with_attention
+from .model.attention import hidden_states, kv_shape, untouched_zeros, with_attention
 from .model.load import stop_tokens
 from .model.logprobs import note_prompt, note_tokens
 from .model.sampling import sample
+from .model.trial import check_served
 from .sequence import Engine, Status
 
 PIECE = 512  # prompt tokens that one pass reads, at most
@@ -49,6 +50,10 @@ class SlotCache:
         self.span = min(span, self.max_len)
         return self.all_positions[:self.span] <= positions[:, None, :, None]
 
+    def get_seq_length(self, layer=0):
+        """How many positions the pass looks at: some models ask, and then use what is passed."""
+        return self.span
+
     def update(self, keys, values, layer, *args, **kwargs):
         """Store new keys and values, [rows, kv_heads, new, head_dim]; return those in the span."""
         self.store(keys, values, layer)
@@ -78,7 +83,7 @@ class BatchRunner:
     def forward(self, tokens, positions, slots, span):
         """tokens, positions: [rows, new] -> hidden states [rows, new, hidden]."""
         mask = self.cache.select(slots, positions, span)
-        return self.model.base_model(tokens, mask, positions, self.cache)[0]
+        return hidden_states(self.model, tokens, mask, positions, self.cache)
 
     @torch.inference_mode()
     def prefill(self, sequence, end):
@@ -128,11 +133,12 @@ class StaticEngine(Engine):
     """Static batching: fill the slots, run until the longest sequence is done, fill them again.
 
     prefill_budget: prompt tokens read in one pass, if fewer than PIECE. runner: BatchRunner, or one
-    that does the same faster.
+    that does the same faster. Raises ModelUnavailable, as ContinuousEngine does.
     """
 
     def __init__(self, model, tokenizer, max_batch=16, max_len=None, max_waiting=256,
                  prefill_budget=None, runner=BatchRunner):
+        check_served(model, BatchRunner)  # some models' answers would be wrong
         super().__init__(model, tokenizer, max_batch, max_len, max_waiting)
         self.runner = runner(model, max_batch, self.max_len)
         self.piece = min(PIECE, prefill_budget or PIECE)

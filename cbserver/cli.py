@@ -4,9 +4,12 @@ import errno
 import logging
 import math
 import os
+import re
 import secrets
 import socket
 import sys
+
+from .http.keys import usable_key
 
 ENGINES = ("continuous", "static", "sequential")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -24,7 +27,7 @@ def parse(argv=None):
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
     add("--max-batch", type=int, help="sequences served at once (16, or as many as fit)")
-    add("--max-len", type=int, help="tokens of prompt and answer together (2048)")
+    add("--max-len", type=int, help="tokens of prompt and answer together (2048, or what model and memory allow)")
     add("--max-waiting", type=int, default=256, help="requests that may wait before 429 (256)")
     add("--prefill-budget", type=int, help="prompt tokens read in a step (2048 on a GPU, else 512)")
     add("--dtype", choices=DTYPES,
@@ -39,6 +42,12 @@ def parse(argv=None):
         help="seconds until a request is given up (600)")
     add("--drain-timeout", type=float, default=30,
         help="seconds that answers have to finish after SIGTERM (30)")
+    add("--receive-timeout", type=float, default=30,
+        help="seconds that a request's head, and then its body, may take to arrive (30)")
+    add("--max-connections", type=int, default=4096,
+        help="connections open at once; one more gets 503 (4096)")
+    add("--silence", type=float, default=15,
+        help="seconds without a token until a stream sends a comment, for proxies; 0: never (15)")
     add("--max-body", type=int, default=2**20, help="largest body of a request, in bytes (1048576)")
     add("--cors", action="append",
         help="a website whose scripts may call this server (default: none)")
@@ -51,12 +60,26 @@ def parse(argv=None):
     add("--tunnel", action="store_true", help="open an ngrok tunnel; a key is then always required")
     args = parser.parse_args(argv)
     for name in ("max_batch", "max_len", "max_waiting", "prefill_budget", "request_timeout",
-                 "drain_timeout", "stall_timeout", "max_body"):
+                 "drain_timeout", "stall_timeout", "receive_timeout", "max_connections",
+                 "max_body"):
         value = getattr(args, name)
         if value is not None and not 1 <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    try:
+        args.api_key = usable_key(args.api_key)
+    except ValueError as error:
+        parser.error(str(error))
+    if not 0 <= args.silence < math.inf:
+        parser.error("--silence must be 0 or more")
+    if args.max_len == 1:
+        parser.error("--max-len must be 2 or more: a token of the prompt and one of the answer")
+    if args.engine == "sequential" and (args.max_batch or 1) > 1:
+        parser.error("--engine sequential serves one at a time: --max-batch needs another engine")
     if not 0 < args.port < 65536:
         parser.error("--port must be 1 to 65535")
+    for origin in args.cors or ():
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            parser.error("--cors takes an origin, such as https://example.org, or * for all")
     if args.prefix_reuse and args.engine != "continuous":
         parser.error("--prefix-reuse needs --engine continuous")
     if args.http_processes < 0:
@@ -98,6 +121,8 @@ def main(argv=None, engine_class=None):
     """Load, say where it serves, serve. engine_class: in place of the one that --engine names."""
     args = parse(argv)
     listeners = take_port(args.host, args.port, max(1, args.http_processes))
+    chosen = args.model or os.environ.get("CBSERVER_MODEL") or "the default model"
+    print(f"Loading {chosen}", flush=True)
 
     import torch  # it takes seconds, as do transformers and uvicorn
 
@@ -111,26 +136,33 @@ def main(argv=None, engine_class=None):
         from .processes import HttpProcesses, preload
 
         preload()
+        cores = os.cpu_count()
+        if args.http_processes > cores:
+            print(f"{args.http_processes} processes for HTTP share {cores} CPU cores with the engine: "
+                  "fewer serve as well.", flush=True)
     failures = process.prepare()
     try:
         engine = process.load_engine(args, engine_class)
     except ModelUnavailable as error:
         sys.exit(str(error))
     made_key, url = reach(args)
-    name = args.model or "cbserver"
+    name = process.served_name(args, engine)
     print(f"Serving {name} with the {args.engine} engine ({engine.max_batch} at once) on {url}; "
           "the API is documented at /docs", flush=True)
     shown = f"#key={made_key}" if made_key else ""  # a key of yours is not printed
     print(f"Watch the batch: {url}/{shown}", flush=True)
     options = {"model_name": name, "api_key": args.api_key or made_key, "cors": args.cors,
-               "timeout": args.request_timeout, "max_body": args.max_body}
+               "timeout": args.request_timeout, "max_body": args.max_body,
+               "receive_timeout": args.receive_timeout, "silence": args.silence}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.http_processes:
-        server = HttpProcesses(engine, listeners, args.drain_timeout, args.stall_timeout, **options)
+        server = HttpProcesses(engine, listeners, args.drain_timeout, args.stall_timeout,
+                               args.max_connections, **options)
         server.run()
     else:
         app = create_app(engine, **options)
-        server = process.DrainingServer(app, args.host, args.port, args.drain_timeout)
+        server = process.DrainingServer(app, args.host, args.port, args.drain_timeout,
+                                        args.max_connections, args.receive_timeout)
         server.run(listeners)
     if failures:
         sys.exit("The engine failed; see above. The server has ended.")

@@ -64,9 +64,9 @@ def spread_ms(seconds):
 def summarize(records, window=None):
     """Throughput and latencies of many requests, as a dict ready for JSON.
 
-    window: (start, end) in seconds on the records' clock. Without it throughput is all completion
-    tokens over the time from the first request sent to the last token; with it only tokens that
-    arrived inside count.
+    window: (start, end) in seconds on the records' clock; without it, from the first request sent
+    to the last token. `requests` and all latencies are of the requests that ended inside, whenever
+    they began, and tokens/s is of the tokens that arrived inside. Failures have no end: all count.
     """
     done = [r for r in records if r.error is None and r.token_times]
     if not done:
@@ -80,11 +80,12 @@ def summarize(records, window=None):
         # An event may carry several tokens, when a stream lagged: weigh it with their average.
         tokens = round(sum(r.completion_tokens / len(r.token_times)
                            for r in done for t in r.token_times if first <= t <= last))
-    finished = sum(first <= r.token_times[-1] <= last for r in done)
-    latencies = {"ttft": [r.ttft for r in done], "itl": [gap for r in done for gap in r.itl],
-                 "tpot": [r.tpot for r in done if r.tpot is not None], "e2e": [r.e2e for r in done]}
-    return {"requests": len(done), "failures": len(records) - len(done),
+    ended = [r for r in done if first <= r.token_times[-1] <= last]
+    latencies = {"ttft": [r.ttft for r in ended], "itl": [gap for r in ended for gap in r.itl],
+                 "tpot": [r.tpot for r in ended if r.tpot is not None],
+                 "e2e": [r.e2e for r in ended]}
+    return {"requests": len(ended), "failures": len(records) - len(done),
             "wall_s": round(last - first, 3),
             "completion_tokens": tokens, "tokens_per_s": round(tokens / (last - first), 2),
-            "requests_per_s": round(finished / (last - first), 3),
+            "requests_per_s": round(len(ended) / (last - first), 3),
             **{f"{name}_ms": spread_ms(latencies[name]) for name in LATENCIES}}

@@ -46,9 +46,10 @@ def app(settings):
         """In a replica's own process: its model, its engine, its app."""
         process.prepare()
         engine = process.load_engine(options)
-        return create_app(engine, options.model or "cbserver", options.api_key,
+        return create_app(engine, process.served_name(options, engine), options.api_key,
                           options.request_timeout, options.max_body, options.cors,
-                          max_viewers=VIEWERS)
+                          max_viewers=VIEWERS, receive_timeout=options.receive_timeout,
+                          silence=options.silence)
 
     @serve.deployment(
         name="cbserver", ray_actor_options=reserved,

@@ -1,5 +1,7 @@
 """The life of a server's process: prepare it, load the engine, serve, and end in two phases."""
+import asyncio
 import contextlib
+import errno
 import faulthandler
 import functools
 import gc
@@ -16,8 +18,9 @@ import uvicorn
 
 from .batch import BatchRunner, StaticEngine
 from .fast import FastStep
+from .http.connection import bounded
 from .http.doors import with_direct_send
-from .model.load import fit_slots, load_model
+from .model.load import check_context, default_model, fit_slots, load_model
 from .model.trial import check_served
 from .prefix import PrefixEngine, PrefixStep
 from .scheduler import ContinuousEngine
@@ -92,14 +95,20 @@ def load_engine(args, engine_class=None):
     return engine
 
 
+def served_name(args, engine):
+    """What clients call the model: the name by which it was loaded, whatever chose it."""
+    return args.model or default_model(engine.model.device.type == "cuda")
+
+
 def build_engine(args, engine_class=None):
     """The model and the engine that the arguments ask for, its keys and values sized to fit."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, tokenizer = load_model(args.model, dtype=dtype)
     engine_class = engine_class or ENGINES[args.engine]
     if engine_class is SequentialEngine:
+        check_context(model, args.max_len)
         return SequentialEngine(model, tokenizer, 1, args.max_len, args.max_waiting)
-    check_served(model, BatchRunner)
+    check_served(model, BatchRunner)  # or its sizes may not be what they seem
     batch, max_len = fit_slots(model, args.max_batch, args.max_len)
     exact = model.dtype == torch.float32
     reuse = exact if args.prefix_reuse is None else args.prefix_reuse
@@ -170,13 +179,31 @@ class DrainingServer(uvicorn.Server):
     drain_timeout: seconds.
     """
 
-    def __init__(self, app, host, port, drain_timeout=30):
+    def __init__(self, app, host, port, drain_timeout=30, max_connections=4096,
+                 receive_timeout=30):
         super().__init__(uvicorn.Config(with_direct_send(app), host=host, port=port,
                                         log_level="warning", timeout_graceful_shutdown=5,
                                         loop=event_loop(), timeout_keep_alive=KEEP_ALIVE,
+                                        http=bounded(max_connections, receive_timeout),
                                         ws="none"))
         self.engine = app.state.engine
         self.drain = Drain(self.engine, drain_timeout)
+        self.quiet_until = 0.0
+
+    async def startup(self, sockets=None):
+        asyncio.get_running_loop().set_exception_handler(self.note_trouble)
+        await super().startup(sockets)
+        if self.drain.begun:  # the signal came first, and then the app has opened the engine
+            self.engine.close(None)
+
+    def note_trouble(self, loop, context):
+        """What asyncio reports. Where files are scarce it does so for every try, thousands a second."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() > self.quiet_until:
+            self.quiet_until = time.monotonic() + 60
+            log.warning("No file is left for another connection (ulimit -n), so new ones wait")
 
     @property
     def problem(self):
@@ -193,11 +220,6 @@ class DrainingServer(uvicorn.Server):
             await super().serve(sockets)
         finally:
             faulthandler.cancel_dump_traceback_later()
-
-    async def startup(self, sockets=None):
-        await super().startup(sockets)
-        if self.drain.begun:  # the signal came first, and then the app has opened the engine
-            self.engine.close(None)
 
     async def on_tick(self, counter):
         """uvicorn asks ten times a second whether to end."""

@@ -384,7 +384,8 @@ class RemoteServer(process.DrainingServer):
         return await super().on_tick(counter)
 
 
-def serve(pipe, listener, facts, places, numbers, options, drain_timeout, stall_timeout):
+def serve(pipe, listener, facts, places, numbers, options, drain_timeout, stall_timeout,
+          max_connections):
     """A process for HTTP, from its start to its end."""
     process.prepare()
     engine = RemoteEngine(pipe, facts, places, numbers, stall_timeout)
@@ -394,7 +395,9 @@ def serve(pipe, listener, facts, places, numbers, options, drain_timeout, stall_
     gc.collect()
     gc.freeze()
     # The engine's process ends what is late; only if it cannot, this one does it.
-    RemoteServer(app, "", 0, drain_timeout + GRACE).run([listener])
+    server = RemoteServer(app, "", 0, drain_timeout + GRACE, max_connections,
+                          options["receive_timeout"])
+    server.run([listener])
     engine.channel.send(*ENDED)
     engine.channel.writer.join(GRACE)
 
@@ -421,11 +424,11 @@ class HttpProcesses:
     """A server for each of the listening sockets, in a process of its own, over an engine of this.
 
     drain_timeout: seconds that answers have to finish. stall_timeout: seconds that a process may
-    stand still. options: of create_app.
+    stand still. max_connections, max_viewers: of all together. options: of create_app.
     """
 
-    def __init__(self, engine, listeners, drain_timeout=30, stall_timeout=20, max_viewers=64,
-                 **options):
+    def __init__(self, engine, listeners, drain_timeout=30, stall_timeout=20,
+                 max_connections=4096, max_viewers=64, receive_timeout=30, **options):
         preload()
         self.context = multiprocessing.get_context("forkserver")
         self.engine = engine
@@ -442,8 +445,9 @@ class HttpProcesses:
                  for name in ("tokenizer", "max_batch", "max_len", "max_waiting", "gives_logprobs")}
         facts["vocab_size"] = engine.model.config.vocab_size
         options["max_viewers"] = max(1, max_viewers // len(listeners))
+        options["receive_timeout"] = receive_timeout
         self.shared = (facts, places, self.context.Value("l", 0), options, drain_timeout,
-                       stall_timeout)
+                       stall_timeout, max(1, max_connections // len(listeners)))
         host, port, *_ = listeners[0].getsockname()
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

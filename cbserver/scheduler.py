@@ -7,6 +7,7 @@ __all__ = ['default_budget', 'ContinuousEngine']
 
 # %% ../notebooks/04_continuous_batching.ipynb #c03
 from .batch import PIECE, BatchRunner
+from .model.trial import check_served
 from .sequence import Engine, Status
 
 # %% ../notebooks/04_continuous_batching.ipynb #c16a
@@ -19,11 +20,13 @@ class ContinuousEngine(Engine):
     """Continuous batching: the batch may change on every step.
 
     prefill_budget: prompt tokens read in a turn, at most; None: 2,048 on a GPU, else 512.
-    runner: BatchRunner, or one that does the same faster.
+    runner: BatchRunner, or one that does the same faster. Raises ModelUnavailable for a model whose
+    answers would not be its own in slots.
     """
 
     def __init__(self, model, tokenizer, max_batch=16, max_len=None, max_waiting=256,
                  prefill_budget=None, runner=BatchRunner):
+        check_served(model, BatchRunner)  # some models' answers would be wrong
         super().__init__(model, tokenizer, max_batch, max_len, max_waiting)
         self.runner = runner(model, max_batch, self.max_len)
         self.prefill_budget = prefill_budget or default_budget(model.device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from load.process import LoadFailed
+from load.sse import DONE, StreamFailed, data_of, read_event
 
 
 @dataclass
@@ -69,17 +70,18 @@ async def closed_loop(url, requests, users, thinks=None):
     return outcomes, time.perf_counter() - start
 
 
-async def connect(url):
+async def connect(url, api_key=None):
     where = urlsplit(url)
-    return Connection(*await asyncio.open_connection(where.hostname, where.port))
+    return Connection(*await asyncio.open_connection(where.hostname, where.port), api_key)
 
 
 class Connection:
     """A connection that stays open from one request to the next; after an error it is spent."""
 
-    def __init__(self, reader, writer):
+    def __init__(self, reader, writer, api_key=None):
         self.reader = reader
         self.writer = writer
+        self.authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
 
     def close(self):
         self.writer.close()
@@ -89,18 +91,20 @@ class Connection:
         body = json.dumps({"prompt": request.prompt_tokens, "max_tokens": request.max_tokens,
                            "temperature": 0, "ignore_eos": True, "stream": True,
                            "stream_options": {"include_usage": True}})
-        head = ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head = (f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{self.authorization}"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
         outcome = Outcome(start=time.perf_counter())
         self.writer.write(f"{head}{body}".encode())
         try:
             await self.read(outcome, leave_after)
+        except StreamFailed as error:
+            outcome.error = str(error)
         except (OSError, ValueError, IndexError, asyncio.IncompleteReadError) as error:
             outcome.error = f"cut off: {error!r}"
         return outcome
 
     async def read(self, outcome, leave_after):
-        """Fill in the outcome; raises what `ask` takes for a broken connection."""
+        """Fill in the outcome; raises what `ask` takes for a failure."""
         status_line = await self.reader.readline()
         outcome.status = int(status_line.split()[1])
         while (await self.reader.readline()).strip():  # headers
@@ -114,24 +118,26 @@ class Connection:
         while await self.reader.readline() not in (b"0\r\n", b""):  # the last of the chunks
             pass
         await self.reader.readline()
+        if not last:
+            raise StreamFailed("the stream brought no event")
         outcome.event_times.pop()  # the last event is no token: it brings the usage, or an error
-        end = json.loads(last.removeprefix(b"data: "))
-        if "error" in end:
-            outcome.error = json.dumps(end["error"])
-        else:
-            outcome.tokens = end["usage"]["completion_tokens"]
+        counted = read_event(last).completion_tokens
+        if counted is None:
+            raise StreamFailed("the last event brings no usage")
+        outcome.tokens = counted
 
     async def read_events(self, outcome, leave_after):
-        """Time the events up to [DONE]; returns the line of the last one before it."""
+        """Time the events up to [DONE]; returns the data of the last one before it."""
         last = b""
-        while not (line := await self.reader.readline()).startswith(b"data: [DONE]"):
-            if not line:
-                raise asyncio.IncompleteReadError(last, None)
-            if not line.startswith(b"data: "):
+        while line := await self.reader.readline():
+            data = data_of(line)
+            if data == DONE:
+                return last
+            if not data:
                 continue
             outcome.event_times.append(time.perf_counter())
-            last = line
+            last = data
             if len(outcome.event_times) == leave_after:
                 outcome.error = Outcome.LEFT
                 return last
-        return last
+        raise asyncio.IncompleteReadError(last, None)

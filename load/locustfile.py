@@ -10,7 +10,6 @@ from pathlib import Path
 
 import gevent
 import locust.stats
-from geventhttpclient.response import HTTPParseError
 from locust import FastHttpUser, constant, events, task
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
@@ -18,7 +17,8 @@ from locust.runners import MasterRunner, WorkerRunner
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the `locust` script lacks it
 
 from cbserver.metrics import RequestRecord  # noqa: E402
-from load.process import SKIP_WARNING, first_model  # noqa: E402
+from load.process import SKIP_WARNING, base_url, first_model  # noqa: E402
+from load.sse import DONE, StreamFailed, data_of, error_message, read_event  # noqa: E402
 from load.workload import NAMES, arrivals, conversations, stream  # noqa: E402
 
 # Locust rounds to two digits to keep its histogram small; whole milliseconds are small enough here.
@@ -74,6 +74,8 @@ def begin(environment, **_):
     if out and not isinstance(environment.runner, WorkerRunner):  # the master is before them all
         Path(out).write_bytes(b"")
     CompletionUser.load = Load(environment)
+    if out and not isinstance(environment.runner, MasterRunner):
+        gevent.spawn(CompletionUser.load.show_progress)
 
 
 @events.spawning_complete.add_listener
@@ -103,7 +105,7 @@ class Load:
                                     self.options.requests or None)
         self.conversations = itertools.islice(conversations(requests), self.worker, None,
                                               self.workers)
-        host = environment.host or CompletionUser.host
+        host = base_url(environment.host or CompletionUser.host)
         key = self.options.api_key
         self.model = self.options.model or first_model(host, key)
         # Compression would hold tokens back.
@@ -117,6 +119,8 @@ class Load:
         self.arrivals = arrivals(rate, seed)
         self.began = None  # when the first request of an open loop was taken
         self.in_flight = 0
+        self.live = {}  # {index: record} of the requests that were sent and have not ended
+        self.tokens = 0  # of those that have ended
         self.finished = 0
         self.all_spawned = None  # when all users were
         self.closed = None  # when the steady time was over
@@ -146,9 +150,11 @@ class Load:
         gevent.sleep(max(0, due - time.perf_counter()))
         return request, due
 
-    def give_back(self):
+    def give_back(self, record):
         """A request that was taken is over, however it ended."""
         self.in_flight -= 1
+        self.tokens += len(record.token_times)
+        del self.live[record.index]
 
     def asked(self, request, said):
         """(path, body) of the HTTP request for one request of the workload.
@@ -172,9 +178,28 @@ class Load:
         """Write a record at once, so that an onlooker can count and a crash loses nothing."""
         self.finished += 1
         if self.file:
-            self.file.write(json.dumps(asdict(record)).encode() + b"\n")
+            self.append(json.dumps(asdict(record)).encode() + b"\n")
         if self.steady_enough():
             self.close_window()
+
+    def append(self, line):
+        """Write a whole line; where the disk is full the test ends, for its report would lie."""
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError("only a part of a record could be written")
+        except OSError:
+            self.environment.process_exit_code = 1
+            self.end_test()
+            raise
+
+    def show_progress(self):
+        """Write down twice a second what is in flight: on a slow server nothing ends for long."""
+        path = Path(f"{self.options.out}.progress{self.worker}")
+        while not self.file.closed:
+            tokens = self.tokens + sum(len(record.token_times) for record in self.live.values())
+            with contextlib.suppress(OSError):  # a full disk ends the test elsewhere
+                path.write_text(json.dumps([len(self.live), tokens]), encoding="utf-8")
+            gevent.sleep(0.5)
 
     def begin_steady_time(self):
         """All users are there from now on."""
@@ -212,10 +237,6 @@ class Load:
             self.file.close()
 
 
-class StreamFailed(Exception):
-    """The server answered 200 and then did not keep its word; the message says how."""
-
-
 class CompletionUser(FastHttpUser):
     """Sends one request after the other.
 
@@ -230,6 +251,7 @@ class CompletionUser(FastHttpUser):
     load: Load  # set when a test starts, one for all users
 
     def __init__(self, environment):
+        self.host = base_url(self.host)  # Locust has put --host there
         super().__init__(environment)
         self.turns = []  # of its conversation, still to send
         self.said = []  # messages of its conversation so far
@@ -238,11 +260,12 @@ class CompletionUser(FastHttpUser):
     def completion(self):
         request, start = self.load.take(self)
         record = RequestRecord(start=start, index=request.index)
+        self.load.live[request.index] = record
         try:
             self.send(request, record)
             self.load.save(record)
         finally:
-            self.load.give_back()
+            self.load.give_back(record)
         if record.error:
             gevent.sleep(0.5)  # a server that refuses is not hammered
         else:
@@ -253,19 +276,26 @@ class CompletionUser(FastHttpUser):
     def send(self, request, record):
         """Send one request and fill its record, as a success or a failure in Locust's table too."""
         path, body = self.load.asked(request, self.said)
-        with self.client.post(path, json=body, headers=self.load.headers, stream=True,
-                              catch_response=True) as response:
+        try:
+            answer = self.client.post(path, json=body, headers=self.load.headers, stream=True,
+                                      catch_response=True)
+        except Exception as error:  # Locust raises where what came back is no HTTP
+            record.error = one_line(f"no answer: {type(error).__name__}: {error}")
+            self.environment.events.request.fire(
+                request_type="POST", name=path, response_time=elapsed_ms(record),
+                response_length=0, context={}, exception=StreamFailed(record.error))
+            return
+        with answer as response:
             try:
                 if response.status_code != 200:
                     raise StreamFailed(refusal(response))
                 read_stream(response.stream, record)
                 response.success()
-            except (StreamFailed, HTTPParseError, OSError) as error:
+            except Exception as error:  # a stranger's bytes cost their own request, not the run
                 record.error = describe(error, record)
                 response.failure(record.error)
             # Locust's own stops at the headers, before the first token.
-            end = time.perf_counter() if record.error else record.token_times[-1]
-            response.request_meta["response_time"] = (end - record.start) * 1e3
+            response.request_meta["response_time"] = elapsed_ms(record)
             response.request_meta["response_length"] = len(record.text)
 
     def add_rows(self, record):
@@ -284,11 +314,11 @@ def read_stream(lines, record):
     done = False
     while line := lines.readline(b"\n"):
         now = time.perf_counter()
-        if line.startswith(b"data:"):
-            data = line[5:].strip()
-            done = data == b"[DONE]"
-            if not done:
-                read_event(json.loads(data), now, record)
+        data = data_of(line)
+        if data == DONE:
+            done = True
+        elif data:
+            note(read_event(data), now, record)
     if not done:
         raise StreamFailed("the stream ended without [DONE]")
     if not record.token_times:
@@ -299,45 +329,40 @@ def read_stream(lines, record):
     del record.token_times[record.completion_tokens:]
 
 
-def read_event(data, now, record):
-    """One event of the stream: an error, a token (its text may be empty), the usage, or both."""
-    if "error" in data:
-        raise StreamFailed(f"error event: {error_message(data)}")
-    for choice in data.get("choices", []):
-        delta = choice.get("delta")
-        if delta:
-            text = (delta.get("content") or delta.get("reasoning_content")
-                    or delta.get("reasoning"))
-        else:
-            text = choice.get("text")
-        if text or "delta" not in choice:  # a chat's first event often brings a role and no token
-            record.token_times.append(now)
-            record.text += text or ""
-    if usage := data.get("usage"):
-        record.prompt_tokens = usage["prompt_tokens"]
-        record.completion_tokens = usage["completion_tokens"]
+def note(event, now, record):
+    """Write down what an event brought, at the time when its line was there."""
+    for text in event.texts:
+        record.token_times.append(now)
+        record.text += text
+    if event.completion_tokens is not None:
+        record.prompt_tokens = event.prompt_tokens
+        record.completion_tokens = event.completion_tokens
 
 
 def refusal(response):
     """Why there was no stream: `HTTP 429: queue full`, or that nobody answered."""
     if not response.status_code:
         return f"no answer: {response.error}"
-    text = response.text or ""
-    with contextlib.suppress(ValueError):
+    text = (response.content or b"").decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, RecursionError):
         text = error_message(json.loads(text))
-    return f"HTTP {response.status_code}: {text[:200]}"
-
-
-def error_message(data):
-    """The message of an OpenAI error object, or of one that is like it."""
-    error = data.get("error", data) if isinstance(data, dict) else data
-    message = error.get("message", error) if isinstance(error, dict) else error
-    return str(message)
+    return f"HTTP {response.status_code}: {text}"
 
 
 def describe(error, record):
     """One sentence; the same for like failures, so that Locust counts them as one."""
     if isinstance(error, StreamFailed):
-        return str(error)
+        return one_line(str(error))
     name = "token" if record.token_times else "headers"
-    return f"the connection broke after the {name}: {type(error).__name__}: {error}"
+    return one_line(f"the connection broke after the {name}: {type(error).__name__}: {error}")
+
+
+def one_line(text):
+    """At most 200 characters in one line, such as every file and terminal can hold."""
+    return " ".join(text.split())[:200].encode("utf-8", "replace").decode("utf-8")
+
+
+def elapsed_ms(record):
+    """From the request to its last token, or to its failure, which is now."""
+    end = time.perf_counter() if record.error else record.token_times[-1]
+    return (end - record.start) * 1e3

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -31,9 +32,16 @@ def http(url, body=None, api_key=None, timeout=10):
     try:
         request = urllib.request.Request(url, data=data, headers=headers)
         with opener(url).open(request, timeout=timeout) as response:
-            return response.status, response.read().decode()
+            return response.status, response.read().decode("utf-8", "replace")
     except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+        return error.code, error.read().decode("utf-8", "replace")
+    except HTTPException as error:
+        raise ConnectionError(f"no HTTP answer: {error!r}")
+
+
+def base_url(host):
+    """A server's address without what clients call its base URL: a slash, or /v1, at the end."""
+    return host.strip().rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def opener(url):
@@ -73,8 +81,8 @@ def first_model(host, api_key=None):
         status, text = http(f"{host}/v1/models", api_key=api_key)
         if status != 200:
             return "default"
-        return json.loads(text)["data"][0]["id"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return str(json.loads(text)["data"][0]["id"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return "default"
 
 
@@ -100,6 +108,18 @@ def warm_up(host, model, api_key=None, timeout=300):
     status, text = http(f"{host}/v1/completions", body, api_key, timeout)
     if status != 200:
         raise LoadFailed(f"The warm-up request got HTTP {status}: {text[:200]}")
+
+
+def make_folder(path):
+    """Make a folder for results, unless it is there. Raises LoadFailed if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(path, os.W_OK) else "it cannot be written"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise LoadFailed(f"{path} cannot be a folder for results ({reason}): "
+                         "name another with --out.")
 
 
 def free_port():

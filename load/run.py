@@ -8,6 +8,7 @@ import collections
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import psutil
 
-from cbserver.metrics import RequestRecord, summarize
+from cbserver.metrics import LATENCIES, RequestRecord, summarize
 from load.process import (
     LoadFailed,
+    base_url,
     check_alive,
     first_model,
+    make_folder,
     proxy_of,
     python_module,
     spawn,
@@ -29,6 +32,7 @@ from load.process import (
 from load.workload import NAMES, maker
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+FEW = 100  # with fewer requests, p99 is simply the slowest
 
 
 def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, seed=0, model=None,
@@ -54,23 +58,24 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
         maker(workload)
     except ValueError as error:
         raise LoadFailed(str(error))
-    host = host.rstrip("/")
+    host = base_url(host)
     proxy = proxy_of(host)
     if proxy:
         print(f"{host} is asked for its model and counters through {proxy}; the load goes there "
               "directly, so that no proxy is measured", flush=True)
     check_alive(host)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     jsonl = out / f"{name}.jsonl"
     html = out / f"{name}.html"
     log = out / f"{name}-locust.log"
-    for stale in (jsonl, html, *window_files(jsonl)):
+    for stale in (jsonl, html, *notes(jsonl, "window"), *notes(jsonl, "progress")):
         stale.unlink(missing_ok=True)
     limit = 0 if steady_seconds else requests
     command = python_module(
         "locust", "-f", LOCUSTFILE, "--headless", "--only-summary", "--host", host,
         "--users", users, "--spawn-rate", spawn_rate, "--stop-timeout", 600, "--html", html,
+        "--exit-code-on-error", 0,  # failed requests are for us to count
         "--workload", workload, "--requests", limit, "--seed", seed, "--out", jsonl,
         "--rate", rate, "--steady-seconds", steady_seconds, "--min-requests", min_requests,
         "--model", model or first_model(host, api_key), "--body", json.dumps(body or {}))
@@ -85,9 +90,14 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
         cpu = follow(process, jsonl, Progress(name, limit, left), timeout_s)
     finally:
         stop(process)
+        for file in notes(jsonl, "progress"):
+            file.unlink(missing_ok=True)
+    ended = count_lines(jsonl)
+    if process.returncode or ended < max(1, limit):
+        full = ", and the disk is full" if shutil.disk_usage(out).free < 2**20 else ""
+        raise LoadFailed(f"Locust ended after {ended} requests with exit code "
+                         f"{process.returncode}{full}; from {log}:\n{tail(log)}")
     records = read_records(jsonl)
-    if not records or len(records) < limit:
-        raise LoadFailed(f"Locust ended after {len(records)} requests; from {log}:\n{tail(log)}")
     window = read_window(jsonl) if steady_seconds else None
     span = window or busy_span(records)
     numbers = summary(records, window, span, cpu, wanted)
@@ -96,17 +106,17 @@ def run_load(host, out, users=50, spawn_rate=5, workload="mixed", requests=64, s
 
 
 def summary(records, window, span, cpu, wanted):
-    """`summarize`, and what tells whether to believe it.
+    """`summarize`, and what tells whether to believe it, of the requests that ended in `span`.
 
     tokens_per_event: above 1, gaps between events are not gaps between tokens. errors: how often
     each came. client_cpu: % of one core that a process of Locust used; near 100 the client was the
     limit. client_in_flight: for Little's law.
     """
-    done = [r for r in records if r.error is None]
-    tokens = sum(r.completion_tokens for r in done)
-    events = sum(len(r.token_times) for r in done)
+    ended = ended_within(records, *span)
+    tokens = sum(r.completion_tokens for r in ended)
+    events = sum(len(r.token_times) for r in ended)
     numbers = summarize(records, window)
-    numbers["itl_histogram"] = histogram([1e3 * gap for r in done for gap in r.itl])
+    numbers["itl_histogram"] = histogram([1e3 * gap for r in ended for gap in r.itl])
     numbers["window_s"] = window and round(window[1] - window[0], 3)
     numbers["tokens_per_event"] = round(tokens / events, 3) if events else None
     numbers["errors"] = dict(collections.Counter(r.error for r in records if r.error))
@@ -156,8 +166,12 @@ def goodput(records, wanted, first, last):
                 return False
         return True
 
-    ended = [r for r in records if not r.error and first <= r.token_times[-1] <= last]
-    return round(sum(map(met, ended)) / (last - first), 3)
+    return round(sum(map(met, ended_within(records, first, last))) / (last - first), 3)
+
+
+def ended_within(records, first, last):
+    """The requests that were answered, and whose last token came between two times."""
+    return [r for r in records if not r.error and first <= r.token_times[-1] <= last]
 
 
 def mean_in_flight(records, first, last):
@@ -199,15 +213,18 @@ def cpu_curve(samples, first, last):
             for (t0, cpu0), (t1, cpu1) in zip(inside, inside[1:])]
 
 
-def window_files(jsonl):
-    """Where each of Locust's workers wrote down when its users were all in flight: list[Path]."""
-    return sorted(jsonl.parent.glob(f"{jsonl.name}.window*"))
+def notes(jsonl, kind):
+    """What each of Locust's workers wrote beside its records, as files: list[Path].
+
+    kind: "window", when its users were all in flight, or "progress", what is in flight now.
+    """
+    return sorted(jsonl.parent.glob(f"{jsonl.name}.{kind}*"))
 
 
 def read_window(jsonl):
     """(first, last): the time when all users of all workers were in flight."""
     windows = [json.loads(path.read_text(encoding="utf-8"))["window"]
-               for path in window_files(jsonl)]
+               for path in notes(jsonl, "window")]
     if not windows:
         raise LoadFailed("Locust ended before all users had been in flight for --steady-seconds.")
     return max(first for first, _ in windows), min(last for _, last in windows)
@@ -223,7 +240,7 @@ def follow(process, jsonl, progress, timeout_s):
     master = psutil.Process(process.pid)
     try:
         while process.poll() is None:
-            progress.show(count_lines(jsonl))
+            progress.show(count_lines(jsonl), in_flight(jsonl))
             now = time.perf_counter()
             if now - begin > timeout_s:
                 raise LoadFailed(f"The load did not end within {timeout_s:.0f} s.")
@@ -232,10 +249,22 @@ def follow(process, jsonl, progress, timeout_s):
                 times = [worker.cpu_times() for worker in working]
                 samples.append((now, sum(t.user + t.system for t in times) / len(times)))
             time.sleep(0.25)
-        progress.show(count_lines(jsonl))
+        progress.show(count_lines(jsonl), "")
     finally:
         progress.close()
     return samples
+
+
+def in_flight(jsonl):
+    """`, 8 in flight, 312 tokens so far` of all workers; nothing before they tell."""
+    told = []
+    for path in notes(jsonl, "progress"):
+        with contextlib.suppress(OSError, ValueError):  # it is being written
+            told.append(json.loads(path.read_text(encoding="utf-8")))
+    if not told:
+        return ""
+    requests, tokens = map(sum, zip(*told))
+    return f", {requests} in flight, {tokens:,} tokens so far"
 
 
 def count_lines(path):
@@ -252,13 +281,14 @@ def read_records(path):
 
 
 class Progress:
-    """How many requests are done: a bar on a terminal, elsewhere a line every 10 s."""
+    """How many requests are done and in flight: a bar on a terminal, else a line every 10 s."""
 
     def __init__(self, label, total, left=None):
         self.label = label
         self.total = total
         self.left = left or (lambda done: "")
         self.done = 0
+        self.flying = ""  # what is in flight, in words
         self.begin = time.monotonic()
         self.told = self.begin
         self.bar = None
@@ -267,19 +297,20 @@ class Progress:
 
             self.bar = tqdm(total=total or None, desc=label, unit=" requests")
 
-    def show(self, done):
+    def show(self, done, flying):
         if self.bar is not None:
             self.bar.update(done - self.done)
-            self.bar.set_postfix_str(self.left(done))
+            self.bar.set_postfix_str(f"{flying}{self.left(done)}".removeprefix(", "))
         self.done = done
+        self.flying = flying
         if self.bar is None and time.monotonic() - self.told >= 10:
             self.tell()
 
     def tell(self):
         self.told = time.monotonic()
         of = f" of {self.total}" if self.total else ""
-        print(f"{self.label}: {self.done}{of} requests, {self.told - self.begin:.0f} s"
-              f"{self.left(self.done)}", flush=True)
+        print(f"{self.label}: {self.done}{of} requests{self.flying}, "
+              f"{self.told - self.begin:.0f} s{self.left(self.done)}", flush=True)
 
     def close(self):
         if self.bar is not None:
@@ -311,8 +342,9 @@ def interrupt_on_termination():
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), interrupt)
 
 
 def exit_with(action):
@@ -331,11 +363,14 @@ def exit_with(action):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m load.run", description=__doc__.split("\n")[0])
-    parser.add_argument("--host", default="http://127.0.0.1:8000", help="URL of the server")
+    parser.add_argument("--host", default="http://127.0.0.1:8000",
+                        help="URL of the server, with or without its /v1")
     parser.add_argument("--out", default="figures/latest", help="folder for JSONL and HTML")
     parser.add_argument("--model", help="model name to ask for; default: the first listed")
     parser.add_argument("--steady-seconds", type=float, default=0,
                         help="for fast devices: no list, but so long with all users in flight")
+    parser.add_argument("--json", action="store_true",
+                        help="print the summary as JSON, and all else to stderr")
     parser.add_argument("--chat", action="store_true", help="ask /v1/chat/completions")
     parser.add_argument("--body", type=json.loads, metavar="JSON", help="fields for every request's"
                         """ body; null takes one of ours out: '{"ignore_eos": null}'""")
@@ -343,16 +378,68 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
+def table(numbers):
+    """A summary for a terminal: what was done, what it took, what failed."""
+    lines = [f"{numbers['requests']} requests answered, {numbers['failures']} failed, "
+             f"in {numbers['wall_s']:.1f} s",
+             f"{numbers['tokens_per_s']:,.1f} tokens/s, {numbers['requests_per_s']:.2f} requests/s"]
+    if numbers["window_s"] is not None:
+        lines[0] += " with all users in flight"
+    if numbers["tokens_per_event"] is not None:
+        lines.append(f"{numbers['tokens_per_event']:g} tokens an event")
+    if "goodput" in numbers:
+        targets_ms = numbers["goodput"]["targets_ms"]
+        met = ", ".join(f"{name.upper()} ≤ {limit:g} ms" for name, limit in targets_ms.items())
+        lines.append(f"goodput {numbers['goodput']['requests_per_s']:.2f} requests/s: {met}")
+    if numbers["client_cpu"] is not None:
+        lines.append(f"the client used {numbers['client_cpu']:.0f} % of a core")
+    if numbers["requests"]:
+        lines += ["", f"{'ms':4}{'p50':>12}{'p90':>12}{'p99':>12}{'mean':>12}"]
+        lines += [latency_line(name, numbers[f"{name}_ms"]) for name in LATENCIES]
+    if 0 < numbers["requests"] < FEW:
+        lines.append(f"Of fewer than {FEW} requests p99 is simply the slowest (gaps are more).")
+    return "\n".join(lines + failure_lines(numbers["errors"]))
+
+
+def latency_line(name, spread):
+    values = ["–" if ms is None else f"{ms:,.1f}" for ms in spread.values()]
+    return f"{name.upper():4}" + "".join(f"{value:>12}" for value in values)
+
+
+def failure_lines(errors, most=5):
+    """What failed how often, the commonest first: list[str]."""
+    common = sorted(errors.items(), key=lambda item: -item[1])
+    lines = [f"{count} × {error}" for error, count in common[:most]]
+    if len(common) > most:
+        lines.append(f"{sum(count for _, count in common[most:])} × other errors")
+    return ["", "failures:", *lines] if lines else []
+
+
 def main(arguments=None):
     options = vars(parse(arguments))
     options["timeout_s"] = options.pop("timeout")
+    as_json = options.pop("json")
 
     def run():
-        result = run_load(**options)
-        print(json.dumps(result["summary"], indent=2))
-        print(f"every request: {result['jsonl']}\nLocust's report: {result['html']}")
+        words = sys.stderr if as_json else sys.stdout
+        with contextlib.redirect_stdout(words):
+            result = run_load(**options)
+        if as_json:
+            print(json.dumps(result["summary"], indent=2))
+        else:
+            print(f"\n{table(result['summary'])}\n")
+        print(f"every request: {result['jsonl']}\nLocust's report: {result['html']}", file=words)
+        expect_an_answer(result["records"])
 
     return exit_with(run)
+
+
+def expect_an_answer(records):
+    """Raise LoadFailed, with the commonest reason, where every request failed."""
+    errors = collections.Counter(record.error for record in records)
+    if None not in errors:
+        error, count = errors.most_common(1)[0]
+        raise LoadFailed(f"Every request failed, {count} of {len(records)} with: {error}")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ def setup(number=None):
         sys.path.insert(0, str(ROOT))
         inherited = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{inherited}" if inherited else str(ROOT)
-    # A proxy of the environment is for the network, not for the servers on this machine.
-    os.environ["NO_PROXY"] = f"{os.environ.get('NO_PROXY', '')},localhost,127.0.0.1".lstrip(",")
+    bypass_proxy()
     install_missing()
     warnings.filterwarnings("ignore", message="IProgress not found")
     importlib.import_module("cbserver")  # before torch, whose threads it tells not to spin
@@ -62,6 +61,19 @@ def setup(number=None):
           f"transformers {transformers.__version__}, on {where}")
     if number:
         road_map(number)
+
+
+def bypass_proxy():
+    """A proxy of the environment is for the network, not for the servers on this machine.
+
+    Where both spellings are set, most programs read the small letters only: both get all names.
+    """
+    spellings = ("NO_PROXY", "no_proxy")
+    names = [name.strip() for spelling in spellings
+             for name in os.environ.get(spelling, "").split(",")]
+    names = [name for name in [*names, "localhost", "127.0.0.1"] if name]
+    for spelling in spellings:
+        os.environ[spelling] = ",".join(dict.fromkeys(names))
 
 
 def note_exports():
@@ -143,7 +155,7 @@ def pip_command(wanted, folder):
 
 
 def package(requirement):
-    """`locust>=2.32,<2.47` -> `locust`."""
+    """`locust>=2.43.4,<2.48` -> `locust`."""
     return requirement.split(">")[0].split("<")[0].split("=")[0].strip()
 
 

@@ -10,6 +10,7 @@ place of the ones they replace, the way nbdev would lay them out.
 import ast
 import asyncio
 import inspect
+import io
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import tokenize
 import types
 from pathlib import Path
 
@@ -217,15 +219,42 @@ def replace(source, name, written):
     if course is None:
         return source
     lines = source.splitlines(keepends=True)
-    mine = textwrap.indent(written.strip("\n"), " " * course.col_offset) + "\n"
+    mine = indented(written.strip("\n"), " " * course.col_offset) + "\n"
     new = "".join([*lines[:course.lineno - 1], mine, *lines[course.end_lineno:]])
     return new if source.endswith("\n") else new.rstrip("\n")
+
+
+def indented(code, blanks):
+    """Code moved to the right; a line that begins inside a string is text, and stays as it is."""
+    lines = code.splitlines(keepends=True)
+    inside = lines_of_text(code)
+    return "".join(line if number in inside or not line.strip() else blanks + line
+                   for number, line in enumerate(lines, 1))
+
+
+def lines_of_text(code):
+    """Numbers of the lines that begin inside a string: set of int."""
+    inside = set()
+    opened = []  # where f-strings began, which Python 3.12 and later give out in parts
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        kind = tokenize.tok_name[token.type]
+        first = token.start[0]
+        if kind.endswith("STRING_START"):
+            opened.append(first)
+        elif kind.endswith("STRING_END"):
+            first = opened.pop()
+        elif kind != "STRING":
+            continue
+        inside.update(range(first + 1, token.end[0] + 1))
+    return inside
 
 
 def source_of(function):
     """A function's source from its `def` on: decorators are the course's, and stay."""
     function = inspect.unwrap(getattr(function, "fget", function))  # a property's own function
-    source = textwrap.dedent(inspect.getsource(function))
+    source = inspect.getsource(function)
+    if source[0] in " \t":
+        source = textwrap.dedent(source)
     first = ast.parse(source).body[0].lineno
     return "".join(source.splitlines(keepends=True)[first - 1:])
 

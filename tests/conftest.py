@@ -155,9 +155,10 @@ def one_import():
 
 
 def added_text(tokenizer, prompt_tokens, tokens):
-    """What these tokens add to the text of the prompt."""
+    """What these tokens add to the text of the prompt; they may complete its last character."""
     before = tokenizer.decode(prompt_tokens, skip_special_tokens=True)
-    return tokenizer.decode([*prompt_tokens, *tokens], skip_special_tokens=True)[len(before):]
+    whole = tokenizer.decode([*prompt_tokens, *tokens], skip_special_tokens=True)
+    return whole[len(os.path.commonprefix([before, whole])):]
 
 
 def prompt(seed, length):

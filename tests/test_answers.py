@@ -4,8 +4,9 @@ import threading
 
 import httpx
 import pytest
-from conftest import added_text, held, prompt, until
+from conftest import added_text, held, metrics_say, prompt, serving, until
 from test_server import events, post
+from test_tools import engine_that_says
 
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
@@ -80,6 +81,11 @@ def test_a_chats_answers_each_begin_with_their_role(url):
         assert all("role" not in delta for delta in deltas[1:])
 
 
+def test_a_model_may_be_called_as_the_place_for_text_in_a_chunk(tiny):
+    with serving(ContinuousEngine(*tiny), model_name="TEXT") as url:
+        assert streamed(post(url, stream=True))[0] == {0: texts(post(url))[0]}
+
+
 def test_a_full_queue_refuses_all_answers_of_a_request(tiny, served):
     engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=3)
     with held(engine) as go_on, served(engine) as url:
@@ -102,6 +108,28 @@ def test_a_full_queue_refuses_all_answers_of_a_request(tiny, served):
     assert too_many["param"] == "n" and "1 to 3" in too_many["message"]
 
 
+def test_answers_that_were_refused_together_count_nowhere(tiny, served):
+    engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=3)
+    with held(engine) as go_on, served(engine) as url:
+        async def main():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as session:
+                body = {"prompt": "a", "max_tokens": 2, "ignore_eos": True}
+                first = asyncio.create_task(session.post("/v1/completions", json=body | {"n": 2}))
+                while engine.stats().waiting < 2 and not first.done():
+                    await asyncio.sleep(0.01)
+                for _ in range(20):
+                    refused = await session.post("/v1/completions", json=body | {"n": 3})
+                    assert refused.status_code == 429
+                go_on.set()
+                return await first
+
+        assert asyncio.run(main()).status_code == 200
+        metrics_say(url, 'request_success_total{finished_reason="length"} 2.0',
+                    'requests_refused_total{status="429"} 20.0',
+                    "e2e_request_latency_seconds_count 2.0")
+        assert 'finished_reason="abort"' not in httpx.get(f"{url}/metrics").text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_the_slots_of_all_its_answers(tiny, stream, served):
     engine = ContinuousEngine(*tiny, max_batch=3)
@@ -121,6 +149,42 @@ def test_a_client_that_leaves_frees_the_slots_of_all_its_answers(tiny, stream, s
         assert post(url, n=3).status_code == 200
 
 
+def test_a_client_that_leaves_a_whole_answer_is_aborted_and_not_refused(tiny, served):
+    engine = ContinuousEngine(*tiny, max_batch=1)
+    with held(engine, after=3) as go_on, served(engine) as url:
+        async def main():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as session:
+                body = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
+                task = asyncio.create_task(session.post("/v1/completions", json=body))
+                while engine.stats().generated_tokens < 2 and not task.done():
+                    await asyncio.sleep(0.01)
+                task.cancel()
+
+        asyncio.run(main())
+        go_on.set()
+        metrics_say(url, 'request_success_total{finished_reason="abort"} 1.0')
+        assert post(url, n=17).status_code == 400
+        metrics_say(url, 'requests_refused_total{status="400"} 1.0')
+        assert 'requests_refused_total{status="503"}' not in httpx.get(f"{url}/metrics").text
+
+
+def test_whoever_waits_when_the_server_shuts_down_is_told(tiny):
+    engine = ContinuousEngine(*tiny, max_batch=1)
+    with serving(engine) as url:
+        async def main():
+            async with httpx.AsyncClient(base_url=url, timeout=60) as session:
+                body = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
+                task = asyncio.create_task(session.post("/v1/completions", json=body))
+                while engine.stats().generated_tokens < 2 and not task.done():
+                    await asyncio.sleep(0.01)
+                engine.close("abort")
+                return await task
+
+        response = asyncio.run(main())
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_stopped"
+
+
 def test_when_the_engine_dies_a_request_with_several_answers_is_told(tiny, monkeypatch, served):
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     engine = ContinuousEngine(*tiny)
@@ -130,7 +194,27 @@ def test_when_the_engine_dies_a_request_with_several_answers_is_told(tiny, monke
     assert response.status_code == 500 and response.json()["error"]["code"] == "engine_failed"
 
 
+def test_a_seed_of_minus_one_is_none(url):
+    body = {"temperature": 1.5, "max_tokens": 24, "seed": -1}
+    assert texts(post(url, **body)) != texts(post(url, **body))
+
+
 # Log-probabilities and echo
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_max_tokens_0_with_echo_scores_the_prompt_and_nothing_more(url, stream):
+    asked = {"prompt": "hello you", "echo": True, "logprobs": 2, "stream": stream,
+             "stream_options": {"include_usage": True}}
+    scored = post(url, max_tokens=0, **asked)
+    more = post(url, max_tokens=1, **asked | {"stream": False}).json()
+    chunks = events(scored.text) if stream else [scored.json()]
+    [choice] = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert choice["text"] == "hello you" and choice["finish_reason"] == "length"
+    usage = chunks[-1]["usage"]
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (0, usage["prompt_tokens"])
+    for name, values in more["choices"][0]["logprobs"].items():
+        assert choice["logprobs"][name] == values[:-1]
 
 
 def test_logprobs_of_a_completion_are_the_same_whole_and_streamed(url, tiny):
@@ -178,11 +262,40 @@ def test_echo_puts_the_prompt_first_and_its_logprobs_too(url, tiny):
     assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
     assert all(value < 0 for value in found["token_logprobs"][1:])
     assert "".join(found["tokens"][:len(ids)]) == "hello, you"
-    assert found["text_offset"][:3] == [0, *[len("".join(found["tokens"][:i])) for i in (1, 2)]]
     pieces = [event["choices"][0]["logprobs"]["tokens"] for event in events(
         post(url, prompt=[ids], max_tokens=3, logprobs=1, echo=True, stream=True).text)]
     assert len(pieces[0]) > len(ids)  # the prompt comes with the first token, or the first two
     assert sum(map(len, pieces)) == len(ids) + 3
+
+
+def test_text_offset_is_where_a_tokens_text_begins_whole_and_streamed(url, tiny):
+    text = texts(post(url, max_tokens=30))[0]
+    body = dict(prompt="<|end|>Fire 🔥 and<|end|>", max_tokens=30, logprobs=0, echo=True)
+    for more in ({}, {"stop": text[8:10]}, {"stop": "never " * 10}):
+        choice = post(url, **body | more).json()["choices"][0]
+        found = choice["logprobs"]
+        assert choice["text"].startswith("<|end|>Fire 🔥 and<|end|>")
+        offsets = found["text_offset"]
+        assert offsets == sorted(offsets) and "<|end|>" == found["tokens"][0]
+        whole = [(name, offset) for name, offset in zip(found["tokens"], offsets)
+                 if not name.startswith("bytes:")]
+        assert all(choice["text"][offset:].startswith(name) for name, offset in whole
+                   if offset + len(name) <= len(choice["text"]) and name != "<|end|>")
+        streamed = events(post(url, stream=True, **body | more).text)
+        assert [offset for event in streamed
+                for offset in event["choices"][0]["logprobs"]["text_offset"]] == offsets
+
+
+def test_a_prompt_that_ends_within_a_character_and_its_answer_are_one_text(tiny):
+    tokens = tiny[1]("Look: 🌶 it is")["input_ids"]
+    begun = tiny[1]("Look: 🌶")["input_ids"][:-2]
+    answer = tokens[len(begun):]
+    engine = engine_that_says(tiny, answer)
+    with serving(engine) as url:
+        for echo, want in ((False, "🌶 it is"), (True, "Look: 🌶 it is")):
+            body = dict(prompt=begun, max_tokens=len(answer), echo=echo)
+            assert texts(post(url, **body)) == [want]
+            assert streamed(post(url, stream=True, **body))[0] == {0: want}
 
 
 def test_generate_has_no_logprobs_and_says_so(tiny, served):

@@ -14,7 +14,10 @@ import httpx
 import lesson
 import pytest
 from conftest import ROOT
+from pyngrok.exception import PyngrokNgrokError
 
+from cbserver import cli, process
+from cbserver.cli import parse
 from cbserver.http.tunnel import open_tunnel
 from cbserver.model import load
 from load.process import ServerProcess, free_port, python_module
@@ -30,6 +33,16 @@ def test_help_explains_every_flag():
     for flag in ("--engine", "--model", "--host", "--port", "--max-batch", "--max-len",
                  "--max-waiting", "--prefill-budget", "--fast", "--api-key", "--tunnel"):
         assert flag in shown
+
+
+@pytest.mark.parametrize("origin", ["nonsense", "example.org", "https://example.org/page", ""])
+def test_what_is_no_origin_is_refused_and_what_is_one_is_taken(origin, capsys):
+    right = ["https://example.org", "http://127.0.0.1:3000", "tauri://localhost", "null", "*"]
+    options = [option for one in right for option in ("--cors", one)]
+    assert parse(options).cors == right
+    with pytest.raises(SystemExit):
+        parse([*options, "--cors", origin])
+    assert "--cors takes an origin" in capsys.readouterr().err
 
 
 def test_a_busy_port_is_one_sentence():
@@ -78,6 +91,63 @@ def test_slots_are_sized_from_what_is_free(monkeypatch, capsys):
     assert load.fit_slots(model, 7, 1000) == (7, 1000) and not capsys.readouterr().out
     with pytest.raises(load.ModelUnavailable, match="17 slots of 1000 tokens: 0.0 GB"):
         load.fit_slots(model, 17, 1000)
+    with pytest.raises(load.ModelUnavailable, match="8 slots of 2048 tokens.* room for 15625 tok"):
+        load.fit_slots(model, max_batch=8)  # and not 8 slots of 1953 tokens in silence
+
+
+@pytest.mark.parametrize("engine", ["continuous", "sequential"])
+def test_a_length_beyond_the_models_context_is_refused_with_both_numbers(engine):
+    args = cli.parse(["--engine", engine, "--model", "random:tiny", "--max-len", "2049"])
+    with pytest.raises(load.ModelUnavailable, match="2048 tokens at most.* instead of 2049"):
+        process.build_engine(args)
+    args.max_len = 2048
+    assert process.build_engine(args).max_len == 2048
+
+
+GIB = 2**30
+V2 = "memory.max memory.current inactive_file"
+V1 = "memory.limit_in_bytes memory.usage_in_bytes total_inactive_file"
+
+
+def group(folder, version, most, used, cached):
+    """A control group's files. Each test's numbers are in GiB."""
+    limit, usage, cache = version.split()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / limit).write_text(f"{most * GIB if isinstance(most, int) else most}\n")
+    (folder / usage).write_text(f"{used * GIB}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{cache} {cached * GIB}\n")
+
+
+def left(root, cgroup):
+    """The least that the groups leave to a process, in GiB."""
+    own = root / "cgroup"
+    own.write_text(cgroup)
+    return min(map(load.left_to, load.control_groups(root, own))) / GIB
+
+
+def test_a_containers_memory_counts_and_the_files_it_caches_make_room(tmp_path):
+    group(tmp_path, V2, 8, 5, 2)
+    assert left(tmp_path, "0::/\n") == 5
+    group(tmp_path, V2, "max", 5, 2)
+    assert left(tmp_path, "0::/\n") == float("inf")
+    group(tmp_path / "kubepods" / "pod", V2, 4, 3, 0)
+    group(tmp_path / "kubepods" / "pod" / "own", V2, "max", 1, 0)
+    assert left(tmp_path, "0::/kubepods/pod/own\n") == 1, "a group around it is a limit, too"
+    assert left(tmp_path, "0::/elsewhere\n") == float("inf")
+
+
+def test_version_1_of_control_groups_counts_from_outside_and_from_inside(tmp_path):
+    group(tmp_path / "memory" / "docker" / "abc", V1, 6, 5, 1)
+    cgroup = "9:cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n"
+    assert left(tmp_path, cgroup) == 2
+    group(tmp_path / "memory", V1, 3, 3, 0)
+    assert left(tmp_path, "4:memory:/docker/not/seen/here\n") == 0
+
+
+def test_slots_are_sized_from_what_the_container_leaves(monkeypatch):
+    model, _ = load.load_model("random:tiny", device="cpu")
+    monkeypatch.setattr(load, "left_to", lambda group: 10_000_000)
+    assert load.fit_slots(model) == (16, 976)
 
 
 @pytest.mark.parametrize("args", [("--max-batch", "0"), ("--max-len", "-1"), ("--port", "99999"),
@@ -85,6 +155,23 @@ def test_slots_are_sized_from_what_is_free(monkeypatch, capsys):
 def test_absurd_arguments_are_refused(args):
     done = command("cbserver", *args)
     assert done.returncode == 2 and args[0] in done.stderr
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--max-len", "1"], "2 or more"),
+    (["--engine", "sequential", "--max-batch", "8"], "serves one at a time")])
+def test_what_would_be_lowered_in_silence_is_refused(args, words, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(args)
+    assert words in capsys.readouterr().err
+    cli.parse(["--engine", "sequential", "--max-batch", "1", "--max-len", "2"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes for HTTP need Linux or macOS")
+def test_more_processes_for_http_than_cores_are_one_line():
+    done = command("cbserver", "--model", "random:huge", "--http-processes", "999",
+                   "--port", str(free_port()))
+    assert "999 processes for HTTP share" in done.stdout
 
 
 @pytest.mark.parametrize("flags", [[], ["--http-processes", "2"]])
@@ -117,6 +204,28 @@ def test_without_a_token_there_is_no_tunnel_but_a_sentence(capsys):
     assert "NGROK_AUTHTOKEN" in said and len(said.strip().splitlines()) == 1
 
 
+def test_a_secret_of_colabs_is_spoken_of_as_it_is(capsys):
+    open_tunnel(8000, None)
+    said = capsys.readouterr().out
+    assert "a secret of that name will do in a cell" in said and "tunnel=True" in said
+
+
+@pytest.mark.parametrize("error", [
+    FileNotFoundError(2, "No such file or directory", "/nowhere/.config/ngrok"),
+    PermissionError(), PyngrokNgrokError("ngrok said no\nand more"), PyngrokNgrokError("")],
+    ids=repr)
+def test_whatever_keeps_ngrok_away_there_is_a_sentence_and_the_server_goes_on(
+        monkeypatch, capsys, error):
+    def connect(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pyngrok.ngrok.connect", connect)
+    assert open_tunnel(8000, "a token") is None
+    said = capsys.readouterr().out
+    assert said.startswith("No tunnel (") and "stays on localhost" in said
+    assert len(said.strip().splitlines()) == 1
+
+
 def test_the_way_without_make_a_server_and_locust(tmp_path):
     """`python -m cbserver`, then `locust -f load/locustfile.py --users 50 --spawn-rate 5`."""
     with ServerProcess(python_module("cbserver", "--model", "random:tiny"),
@@ -134,8 +243,8 @@ def test_make_says_what_is_missing(tmp_path):
     pretend = "import sys; sys.version_info = (3, 8, 0)\nexec(sys.argv[1])"
     old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{pretend}' \"$2\"\n")
     old.chmod(0o755)
-    for python, words in (("no-such-python", "install Python 3.10 or newer"),
-                          (old, "3.10 or newer is")):
+    for python, words in (("no-such-python", "install Python 3.11 or newer"),
+                          (old, "3.11 or newer is")):
         done = subprocess.run(["make", "demo", f"PYTHON={python}"], cwd=tmp_path, timeout=60,
                               capture_output=True, text=True)
         assert done.returncode != 0 and words in done.stdout + done.stderr

@@ -4,12 +4,16 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from pathlib import Path
 
+import httpx
 import lesson
 import pytest
+from conftest import serving
 
+from cbserver.scheduler import ContinuousEngine
 from tools import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,12 +52,32 @@ def test_the_set_up_replaces_nothing_that_colab_has(tmp_path):
 
 
 def test_the_set_up_holds_pip_to_every_version_that_is_here(tmp_path):
-    command = lesson.pip_command(["locust>=2.32"], tmp_path)
+    command = lesson.pip_command(["locust>=2.43.4"], tmp_path)
     held = Path(command[command.index("-c") + 1]).read_text(encoding="utf-8").splitlines()
     names = {plain(line.split("==")[0]): line.split("==")[1] for line in held}
-    assert command[-1] == "locust>=2.32"
+    assert command[-1] == "locust>=2.43.4"
     for name in ("requests", "torch", "numpy"):
         assert names[name] == installed(sys.executable)[name]
+
+
+@pytest.mark.parametrize("before", [{}, {"no_proxy": ""}, {"no_proxy": "corp.example"},
+                                    {"NO_PROXY": "corp.example", "no_proxy": ""},
+                                    {"NO_PROXY": "corp.example"}], ids=str)
+def test_a_lessons_own_server_is_never_asked_through_a_proxy(tiny, monkeypatch, before):
+    for name in ("NO_PROXY", "no_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody is there
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):  # a first cell is run again
+        lesson.bypass_proxy()
+    with serving(ContinuousEngine(*tiny)) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        with urllib.request.urlopen(f"{url}/health", timeout=60) as answer:
+            assert answer.status == 200
+    names = "corp.example,localhost,127.0.0.1" if any(before.values()) else "localhost,127.0.0.1"
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == names
 
 
 def first_cell(path=ROOT / "notebooks" / "01_single_stream_baseline.ipynb"):

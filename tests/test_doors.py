@@ -159,6 +159,31 @@ def test_a_developer_is_the_system_where_a_template_does_not_know_it():
     assert text("no others", *turns) == "system: be brief\nuser: hi\n"
 
 
+FIRST_ONLY = ("{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+              "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+IN_TURN = ("{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+           "{{ raise_exception('Roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}")
+
+
+def test_a_role_is_judged_by_where_it_stands():
+    tokenizer = byte_tokenizer(512)
+    tokenizer.chat_template = FIRST_ONLY
+    system = said("system", "be brief")
+    assert tokenizer.decode(chat_tokens(tokenizer, [system, said("user", "hi")])) == "be briefhi"
+    with pytest.raises(APIError, match="role 'system'"):
+        chat_tokens(tokenizer, [said("user", "hi"), system])
+
+
+def test_a_template_that_demands_an_order_says_so_in_its_own_words():
+    tokenizer = byte_tokenizer(512)
+    tokenizer.chat_template = IN_TURN
+    turns = [said("user", "hi"), said("assistant", "ho"), said("user", "hum")]
+    assert tokenizer.decode(chat_tokens(tokenizer, turns)) == "hihohum"
+    assert tokenizer.decode(chat_tokens(tokenizer, [turns[0], said("banana", "b")])) == "hib"
+    with pytest.raises(APIError, match="must alternate"):
+        chat_tokens(tokenizer, [turns[0], turns[0]])
+
+
 @pytest.mark.parametrize("role", ["tool", "banana"])
 def test_a_role_that_a_template_drops_is_refused_by_name(role):
     assert role in text("all roles", said("user", "hi"), said(role, "42"))

@@ -5,6 +5,7 @@ import threading
 import pytest
 from conftest import by_hand, prompt, received
 
+from cbserver.baseline import generate_tokens
 from cbserver.batch import StaticEngine
 from cbserver.model.load import ModelUnavailable, load_model
 from cbserver.model.sampling import SamplingParams
@@ -207,3 +208,13 @@ def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path):
         load_model("random:huge")
     with pytest.raises(ModelUnavailable, match="smollm2"):
         load_model(str(tmp_path / "nothing"))
+
+
+def test_a_seeded_request_of_the_baseline_does_not_fix_the_draws_of_the_next(tiny):
+    drawn = []
+    for _ in range(3):
+        for seed in (1, None):
+            params = SamplingParams(30, temperature=1.0, seed=seed, ignore_eos=True)
+            drawn.append(tuple(generate_tokens(tiny[0], [1, 2, 3], params)))
+    assert len(set(drawn[::2])) == 1
+    assert len(set(drawn)) == 4

@@ -3,24 +3,43 @@
 Run as a script it is that server: `python tests/test_load.py --host 127.0.0.1 --port 8000`.
 """
 import argparse
+import asyncio
+import io
 import itertools
 import json
+import os
+import re
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
 
 from bench import compare, report
-from cbserver.metrics import RequestRecord, summarize
-from load.process import LoadFailed, free_port, python_module
-from load.run import goodput, mean_in_flight, run_load, targets
-from load.workload import LENGTHS, arrivals, conversations, workload
+from cbserver.metrics import RequestRecord, percentile, summarize
+from load import client
+from load.process import LoadFailed, base_url, free_port, python_module
+from load.run import (
+    Progress,
+    busy_span,
+    exit_with,
+    goodput,
+    mean_in_flight,
+    read_records,
+    run_load,
+    summary,
+    table,
+    targets,
+)
+from load.sse import StreamFailed, data_of, read_event
+from load.workload import LENGTHS, arrivals, conversations, token_workload, workload
 
 TTFT = 0.2  # seconds, planted
 GAP = 0.02
@@ -30,7 +49,8 @@ STALL = 0.6
 class FakeServer(BaseHTTPRequestHandler):
     """Streams words after a known delay; `failures` says which requests (by order) go wrong.
 
-    pack: tokens in an event. log: {prompt: [request read, event sent, event sent, ...]}, seconds of
+    A failure that is bytes goes out as it is between two tokens. pack: tokens in an event.
+    log: {prompt: [request read, event sent, event sent, ...]}, seconds of
     the clock that the client has too. bodies: what was asked.
     """
 
@@ -61,6 +81,9 @@ class FakeServer(BaseHTTPRequestHandler):
         if failure == "full":
             error = {"message": "the queue is full", "type": "x", "param": None, "code": None}
             return self.answer(429, {"error": error})
+        if failure == "no HTTP":
+            self.close_connection = True
+            return self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -77,6 +100,8 @@ class FakeServer(BaseHTTPRequestHandler):
             if failure == "error" and i == 2:
                 self.event({"error": {"message": "the engine died"}})
                 break
+            if isinstance(failure, bytes) and i == 2:
+                self.chunk(failure)
             if failure == "cut" and i == 3:
                 self.close_connection = True
                 return self.connection.shutdown(socket.SHUT_RDWR)
@@ -337,12 +362,162 @@ def test_without_usage_an_event_is_a_token_and_steady_time_makes_a_window(serve,
     assert summary["completion_tokens"] < sent, "only those inside the window"
 
 
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_a_servers_address_may_end_in_v1_as_clients_have_it(end):
+    assert base_url(f"http://127.0.0.1:8000{end}") == "http://127.0.0.1:8000"
+    assert base_url(f"https://host/of/v1models{end}") == "https://host/of/v1models"
+
+
+def test_load_run_and_locust_alone_take_a_host_with_its_v1(serve, tmp_path):
+    url = serve() + "/v1"
+    numbers = run_load(url, tmp_path, users=1, spawn_rate=50, workload="short",
+                       requests=1)["summary"]
+    assert (numbers["requests"], numbers["failures"]) == (1, 0)
+    alone = tmp_path / "alone.jsonl"
+    subprocess.run(python_module("locust", "-f", ROOT / "load" / "locustfile.py", "--headless",
+                                 "--host", f"{url}/", "--users", 1, "--workload", "short",
+                                 "--requests", 1, "--out", alone),
+                   check=True, capture_output=True, timeout=60)
+    record, = read_records(alone)
+    assert record.error is None and record.completion_tokens == 16
+
+
+def test_what_answers_but_not_in_http_is_one_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        def answer():
+            with door.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(LoadFailed, match="No server answers at .*SSH-2.0"):
+            run_load(f"http://127.0.0.1:{door.getsockname()[1]}", ".")
+
+
+def test_a_system_without_sighup_can_be_interrupted_too(monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)  # for the signal to come
+
+    try:
+        assert exit_with(terminate) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_locusts_own_table_keeps_whole_milliseconds():
+    # In a process of its own: importing Locust patches the one that does.
+    code = ("import load.locustfile, locust.stats\n"
+            "row = locust.stats.RequestStats().get('a', 'POST')\n"
+            "row.log(147.4, 0)\nrow.log(58760, 0)\nprint(sorted(row.response_times))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout.strip() == "[147, 58760]", done.stderr
+
+
+def test_locusts_percentiles_are_as_the_pages_say_a_rank_above_ours():
+    code = ("import json, locust.stats\n"
+            "theirs = locust.stats.calculate_response_time_percentile\n"
+            "print(json.dumps([[theirs(dict.fromkeys(range(1, n + 1), 1), n, q / 100)\n"
+            "                   for q in (50, 90)] for n in range(1, 101)]))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    for n, found in enumerate(json.loads(done.stdout), 1):
+        for q, theirs in zip((50, 90), found):
+            whole = n * q % 100 == 0
+            assert theirs == percentile(range(1, n + 1), q) + whole, f"p{q} of {n}"
+
+
 def test_no_server_is_one_sentence_and_exit_code_1(tmp_path):
     command = python_module("load.run", "--host", f"http://127.0.0.1:{free_port()}", "--out",
                             tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == ""
     assert "No server answers at" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def terminal(*arguments, **options):
+    """`python -m load.run` as a user runs it: its code, its words, its errors."""
+    return subprocess.run(python_module("load.run", *arguments), capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def test_a_terminal_gets_a_table_and_json_if_it_asks_for_it(serve, tmp_path):
+    load = ["--host", serve(failures={2: "full"}), "--users", 4, "--spawn-rate", 50, "--workload",
+            "short", "--requests", 8, "--goodput", "ttft:5000", "--out", tmp_path]
+    done = terminal(*load)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "7 requests answered, 1 failed" in done.stdout and "{" not in done.stdout
+    assert re.search(r"^TTFT( +[\d,.]+){4}$", done.stdout, re.M) and "TTFT ≤ 5000 ms" in done.stdout
+    assert "1 × HTTP 429: the queue is full" in done.stdout and "load.jsonl" in done.stdout
+    assert len(done.stdout.splitlines()) < 25
+    done = terminal(*load, "--json")
+    assert json.loads(done.stdout)["requests"] == 8 and "load.jsonl" in done.stderr
+
+
+def test_when_every_request_failed_the_exit_code_is_1_and_the_reason_stands_there(serve, tmp_path):
+    url = serve(failures={0: "full", 1: "full", 2: "undone"})
+    done = terminal("--host", url, "--users", 1, "--workload", "short", "--requests", 3, "--out",
+                    tmp_path)
+    assert done.returncode == 1 and "0 requests answered, 3 failed" in done.stdout
+    assert done.stderr == "error: Every request failed, 2 of 3 with: HTTP 429: the queue is full\n"
+
+
+def test_a_table_of_nothing_and_of_many_errors_is_a_table_too():
+    failed = [RequestRecord(start=0.0, error=f"HTTP {400 + i % 8}") for i in range(20)]
+    said = table(summary(failed, None, busy_span(failed), [], {}))
+    assert "0 requests answered, 20 failed" in said and "TTFT" not in said
+    assert said.splitlines()[-6:] == [*(f"3 × HTTP {400 + i}" for i in range(4)), "2 × HTTP 404",
+                                      "6 × other errors"]
+
+
+@pytest.mark.parametrize("out", ["a file", "a file/below"])
+def test_results_that_cannot_have_a_folder_are_one_sentence(serve, tmp_path, out):
+    (tmp_path / "a file").write_text("mine")
+    done = terminal("--host", serve(), "--out", tmp_path / out)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "cannot be a folder for results" in done.stderr and "--out" in done.stderr
+    assert (tmp_path / "a file").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+@pytest.mark.parametrize("most, lost", [(2_000, "a record"), (60_000, "the report")])
+def test_what_cannot_be_written_is_an_error_and_no_report_cut_short(serve, tmp_path, most, lost):
+    import resource
+
+    def limit():  # no file may grow beyond it, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    done = terminal("--host", serve(), "--users", 2, "--spawn-rate", 50, "--workload", "short",
+                    "--requests", 8, "--out", tmp_path, preexec_fn=limit)
+    assert done.returncode == 1 and "Locust ended after" in done.stderr, lost
+    assert "exit code 1" in done.stderr and "tokens/s" not in done.stdout
+
+
+def test_progress_tells_what_is_in_flight_before_anything_has_ended(serve, tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(Progress):
+        def show(self, done, flying):
+            seen.append((done, flying))
+            super().show(done, flying)
+
+    monkeypatch.setattr("load.run.Progress", Watched)
+    url = serve(failures=dict.fromkeys(range(3), "slow"))  # 1.2 s for the first ones
+    run_load(url, tmp_path, users=3, spawn_rate=50, workload="short", requests=6)
+    early = [flying for done, flying in seen if done == 0 and flying]
+    assert any(re.fullmatch(r", 3 in flight, \d+ tokens so far", flying) for flying in early), seen
+    assert not list(tmp_path.glob("*.progress*"))
+
+
+def test_a_line_of_progress_has_requests_flight_seconds_and_what_is_left(capsys):
+    progress = Progress("load", 24, lambda done: ", about 1 min left")
+    progress.show(0, ", 8 in flight, 1,312 tokens so far")
+    progress.tell()
+    assert capsys.readouterr().out == ("load: 0 of 24 requests, 8 in flight, 1,312 tokens so far, "
+                                       "0 s, about 1 min left\n")
 
 
 def test_a_server_that_dies_at_start_is_reported_with_its_last_words(tmp_path):
@@ -388,6 +563,53 @@ def test_the_cross_checks_flag_numbers_that_cannot_be(tmp_path):
     assert held == [True, False], "the repeat that breaks it is the one that is told"
     run["in_flight"] = 12.0
     assert not any(holds for text, holds in report.checks(result) if "arrival rate" in text)
+
+
+def compared(failures, load_average=0.3):
+    """What bench.compare found of two arms, in each of which so many of 50 requests failed."""
+    arms = {}
+    for (name, failed), speed in zip(failures.items(), (10.0, 44.0)):
+        good = [RequestRecord(start=0.0, token_times=[1.0, 2.0], completion_tokens=2)]
+        bad = [RequestRecord(start=0.0, error="HTTP 503: out of time")]
+        records = good * (50 - failed) + bad * failed
+        run = summary(records, None, busy_span(records), [], {}) | {"tokens_per_s": speed}
+        usage = {"kind": "cpu", "mean": 50.0, "series": [[0, 50]]}
+        arms[name] = compare.arm_result([run | {"utilization": usage, "server_cpu": None}])
+    return {"arms": arms, "model": "tiny", "hardware": "2 CPU cores", "workload": {"users": 50},
+            "versions": {}, "command": "make demo", "date": "today",
+            "before": {"load_average": load_average, "cores": 2}}
+
+
+@pytest.mark.parametrize("failures", [{"sequential": 37, "continuous": 37},
+                                      {"sequential": 0, "continuous": 37},
+                                      {"sequential": 37, "continuous": 0}])
+def test_no_ratio_is_made_of_failures_and_the_report_says_how_many_and_why(failures, tmp_path):
+    result = compared(failures, load_average=14.2)
+    said = report.ratios(result)
+    assert "×" not in said and "4.40" not in said and "no ratio" in said
+    for name, failed in failures.items():
+        told = f"✗ {name}: 37 of 50 requests failed, most of them with: HTTP 503: out of time"
+        assert (told in said) == (failed > 0)
+    failing = [name for name in ("continuous", "sequential") if failures[name]]
+    assert f"no ratio, since requests failed in {' and '.join(failing)}" in said
+    assert "busy before the first run (load average 14.2 on 2 cores)" in said
+    assert "37 of 50" in report.text_table(result) and "37 of 50" in report.table(result)
+    page = report.page(result, tmp_path)
+    assert "no ratio" in page and "37 of 50 requests failed" in page
+    labels = [text.get_text() for text in report.throughput_figure(result).axes[0].texts]
+    assert "×" not in "".join(labels) and "37 of 50\nfailed" in "".join(labels)
+
+
+def test_a_few_failures_leave_the_ratio_and_a_quiet_machine_is_not_called_busy():
+    assert report.ratios(compared({"sequential": 0, "continuous": 0})) == \
+        "continuous ÷ sequential: 4.40×"
+    few = compared({"sequential": 0, "continuous": 0})
+    few["arms"]["continuous"] |= {"failures": 1, "repeats": [{"requests": 199, "failures": 1}]}
+    assert "4.40×" in report.ratios(few) and "1 of 200" in report.text_table(few)
+    said = report.ratios(compared({"sequential": 37, "continuous": 0}))
+    assert "load average was 0.3 on 2 cores" in said and "machine was busy" not in said
+    del few["arms"]["continuous"]
+    assert report.ratios(few) == "", "without the arm there is nothing to compare"
 
 
 def test_the_knee_is_where_more_users_stop_helping():
@@ -472,6 +694,29 @@ def test_a_hand_made_log_gives_hand_computed_numbers():
     assert summary["tpot_ms"]["p50"] == 500 and summary["tpot_ms"]["p99"] == 2000
 
 
+def test_latencies_are_of_the_requests_that_ended_in_the_window_as_throughput_is():
+    ramp = [RequestRecord(start=0.0, token_times=[0.01, 5.0], completion_tokens=2)] * 60
+    steady = [RequestRecord(start=12.0, token_times=[13.0, 18.0], completion_tokens=2)] * 40
+    cut = [RequestRecord(start=9.0, token_times=[10.5, 30.0], completion_tokens=2)]  # ends later
+    failed = [RequestRecord(start=1.0, error="HTTP 429: full")]
+    numbers = summarize(ramp + steady + cut + failed, (10.0, 20.0))
+    assert (numbers["requests"], numbers["requests_per_s"]) == (40, 4.0)
+    assert numbers["failures"] == 1, "no failure is hidden, whenever it was"
+    assert numbers["completion_tokens"] == 81 and numbers["tokens_per_s"] == 8.1
+    assert numbers["ttft_ms"] == {"p50": 1000, "p90": 1000, "p99": 1000, "mean": 1000}
+    assert numbers["e2e_ms"]["p50"] == 6000 and numbers["itl_ms"]["p99"] == 5000
+    early = summarize(cut, (10.0, 20.0))
+    assert (early["requests"], early["ttft_ms"]["p50"], early["tokens_per_s"]) == (0, None, 0.1)
+
+
+def test_gaps_and_tokens_an_event_are_of_the_window_too():
+    ramp = RequestRecord(start=0.0, token_times=[1.0, 2.0], completion_tokens=20)
+    steady = RequestRecord(start=11.0, token_times=[12.0, 12.1], completion_tokens=2)
+    numbers = summary([ramp, steady], (10.0, 20.0), (10.0, 20.0), [], {})
+    assert numbers["tokens_per_event"] == 1 and sum(numbers["itl_histogram"]) == 1
+    assert numbers["itl_ms"]["p50"] == 100
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--host")
@@ -486,15 +731,94 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("name", ["content", "reasoning_content", "reasoning"])
 def test_what_a_model_thinks_aloud_counts_as_its_text(name):
-    # In a process of its own: importing Locust patches the one that does.
-    code = ("import types\n"
-            "from load.locustfile import read_event\n"
-            "record = types.SimpleNamespace(token_times=[], text='')\n"
-            f"read_event({{'choices': [{{'delta': {{'{name}': 'hm'}}}}]}}, 1.5, record)\n"
-            "print(record.token_times, record.text)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
-    assert done.stdout.strip() == "[1.5] hm", done.stderr
+    event = {"choices": [{"delta": {name: "hm"}}], "usage": None, "error": None}
+    assert read_event(json.dumps(event).encode()).texts == ["hm"]
+
+
+# What servers were seen to send, or might: the data of an event, and what is said of it.
+BROKEN = {
+    b'{broken': "an event is no JSON", b"[" * 100_000: "an event is no JSON",
+    b'"a string"': "an event is no JSON object", b"null": "an event is no JSON object",
+    b"\xff\xfe": "an event is no JSON", b"[1]": "an event is no JSON object",
+    b'{"choices": null}': "an event's choices are no list",
+    b'{"choices": {"0": 1}}': "an event's choices are no list",
+    b'{"choices": ["hm"]}': "an event's choice is no object",
+    b'{"choices": [{"text": 5}]}': "an event's text is no text",
+    b'{"choices": [{"delta": "hm"}]}': "an event's delta is no object",
+    b'{"choices": [{"delta": {"content": ["hm"]}}]}': "an event's content is no text",
+    b'{"usage": "many"}': "an event's usage is no object",
+    b'{"usage": {"completion_tokens": 5}}': "an event's usage has no prompt_tokens",
+    b'{"usage": {"prompt_tokens": 5}}': "an event's usage has no completion_tokens",
+    b'{"usage": {"prompt_tokens": 5, "completion_tokens": "5"}}':
+        "an event's usage has no completion_tokens",
+    b'{"usage": {"prompt_tokens": 5, "completion_tokens": -1}}':
+        "an event's usage has no completion_tokens",
+    b'{"usage": {"prompt_tokens": 5, "completion_tokens": 1' + b"0" * 400 + b"}}":
+        "an event's usage has no completion_tokens",
+    b'{"error": "the engine died"}': "error event: the engine died",
+}
+
+
+@pytest.mark.parametrize("data", BROKEN, ids=lambda data: data.decode("latin-1")[:40])
+def test_an_event_that_cannot_be_understood_is_named(data):
+    with pytest.raises(StreamFailed) as caught:
+        read_event(data)
+    assert str(caught.value) == BROKEN[data]
+
+
+@pytest.mark.parametrize("line", [b": ping\n", b":\n", b"\r\n", b"data: \n", b"data:\r\n",
+                                  b"event: ping\n", b"database: 5\n", b"id: 7\n", b"1a\r\n"])
+def test_comments_heartbeats_and_other_fields_bring_no_event(line):
+    assert data_of(line) == b""
+    assert data_of(b"data:{}\r\n") == data_of(b"data: {}\n") == b"{}"
+
+
+def test_the_run_goes_on_past_every_broken_event_and_is_summed_up(serve, tmp_path):
+    failures = {i: b"data: " + data + b"\n\n" for i, data in enumerate(BROKEN)}
+    failures[len(failures)] = "no HTTP"
+    url = serve(failures=failures)
+    result = run_load(url, tmp_path, users=8, spawn_rate=50, workload="short",
+                      requests=len(failures) + 4)
+    assert sorted(r.index for r in result["records"]) == list(range(len(failures) + 4))
+    numbers = result["summary"]
+    assert (numbers["requests"], numbers["failures"]) == (4, len(failures))
+    no_answer = {name for name in numbers["errors"] if name not in BROKEN.values()}
+    assert set(BROKEN.values()) <= numbers["errors"].keys()
+    assert len(no_answer) == 1 and no_answer.pop().startswith("no answer: ")
+    page = result["html"].read_text()
+    assert "an event is no JSON object" in page and "no answer: " in page
+
+
+def test_pings_are_no_tokens_to_either_client(serve, tmp_path):
+    ping = b": ping\n\ndata: \n\nevent: ping\n\n"
+    url = serve(failures=dict.fromkeys(range(10), ping))
+    result = run_load(url, tmp_path, users=2, spawn_rate=50, workload="short", requests=4)
+    numbers = result["summary"]
+    assert (numbers["failures"], numbers["tokens_per_event"]) == (0, 1)
+    assert all(len(r.token_times) == r.completion_tokens == 16 for r in result["records"])
+    outcomes, _ = client.run(url, token_workload("uniform", 3, longest=16), users=1)
+    assert [o.error for o in outcomes] == [None] * 3
+    assert all(len(o.event_times) == o.tokens == 16 for o in outcomes)
+
+
+@pytest.mark.parametrize("last, said", [
+    (b'"a string"', "an event is no JSON object"), (b"{broken", "an event is no JSON"),
+    (b'{"usage": {"prompt_tokens": 5}}', "an event's usage has no completion_tokens"),
+    (b'{"choices": []}', "the last event brings no usage"),
+    (b'{"error": {"message": "it died"}}', "error event: it died"),
+    (b"", "the stream brought no event")])
+def test_the_lean_client_names_what_a_last_event_lacks(last, said):
+    stream = (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\ndata: " + last
+              + b"\n\n\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+    async def ask():
+        reader = asyncio.StreamReader()
+        reader.feed_data(stream)
+        reader.feed_eof()
+        asked = types.SimpleNamespace(prompt_tokens=[1], max_tokens=1)
+        return await client.Connection(reader, io.BytesIO()).ask(asked)
+
+    assert asyncio.run(ask()).error == said
 
 
 def test_the_time_left_follows_the_pace():

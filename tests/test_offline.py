@@ -1,10 +1,13 @@
 """The benchmark without HTTP: all arms count the same tokens, runs resume, floors are floors."""
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 from conftest import serving
 
-from bench import ladder, offline, soak
+from bench import arms, ladder, offline, soak
 from bench.results import order
 from cbserver.scheduler import ContinuousEngine
 from load import client
@@ -13,8 +16,8 @@ from load.workload import token_workload
 
 
 def options(out, *more):
-    arms = "generate,continuous,transformers-cb,http"
-    return offline.parse(["--model", "random:tiny", "--arms", arms, "--requests", "5",
+    wanted = "generate,continuous,transformers-cb,http"
+    return offline.parse(["--model", "random:tiny", "--arms", wanted, "--requests", "5",
                           "--longest", "24", "--repeats", "1", "--out", str(out), *more])
 
 
@@ -48,7 +51,7 @@ def test_results_of_another_setting_are_not_mixed(tmp_path):
 
 
 def test_an_arm_that_fails_is_said_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    def child(case):
+    def child(case, say):
         if case["arm"] == "generate":
             raise LoadFailed("no memory")
         return {"tokens_per_s": 5.0, "requests": 1, "tokens": 9, "seconds": 1, "warmup_s": 0,
@@ -60,6 +63,39 @@ def test_an_arm_that_fails_is_said_and_the_others_go_on(tmp_path, monkeypatch, c
     assert "no memory" in capsys.readouterr().out
     measured = [row["arm"] for row in result["rows"] if row["repeats"]]
     assert measured == ["continuous", "transformers-cb", "http"]
+
+
+def child_that(code):
+    return subprocess.Popen([sys.executable, "-c", f"import time\n{code}"],
+                            stdout=subprocess.PIPE, text=True)
+
+
+def test_a_child_at_work_is_not_silent_and_one_without_end_is_given_up():
+    said = []
+    with child_that("time.sleep(2)\nprint('done')") as child:
+        assert arms.wait(child, limit=60, say=said.append, every=0.1) == "done\n"
+    assert len(said) > 1 and all(re.fullmatch(r"at work, \d+ s", line) for line in said)
+    with child_that("time.sleep(60)") as child:
+        with pytest.raises(LoadFailed, match="took more than 0.3 s"):
+            arms.wait(child, limit=0.3, say=None, every=0.1)
+        child.kill()
+
+
+def test_a_report_of_a_machine_says_what_it_is_doing_all_the_time(tmp_path, monkeypatch, capsys):
+    def child(case, say):
+        say("at work, 10 s")
+        return {"tokens_per_s": 5.0, "requests": 1, "tokens": 9, "seconds": 1, "warmup_s": 0,
+                "digests": {"whole": ["a"], "first 16 tokens": ["a"]}}
+
+    monkeypatch.setattr(offline, "run_child", child)
+    assert offline.main(["--report", "--model", "random:tiny", "--arms", "generate", "--out",
+                         str(tmp_path / "report.json")]) == 0
+    told, _, report = capsys.readouterr().out.partition("Please paste these lines back")
+    assert "[1/1] generate, 1 slots, repeat 1: at work, 10 s" in told
+    assert "report: is an answer the same in company?" in told
+    assert "report: 8 of 8 answers beside 0 others" in told
+    assert "report: 8 of 8 answers beside 15 others" in told
+    assert "same answer alone and beside 15: 8 of 8" in report
 
 
 def test_repeats_are_in_balanced_order():

@@ -105,8 +105,8 @@ BAD = [
     ({"prompt": [512]}, "under 512"),
     ({"prompt": "x" * 300}, "limit of 256"),
     ({"max_tokens": 10**9}, "limit of 256"),
-    ({"max_tokens": 0}, "greater than or equal to 1"),
-    ({"max_tokens": -5}, "greater than or equal to 1"),
+    ({"max_tokens": 0}, "send echo true with it, or 1 and more"),
+    ({"max_tokens": -5}, "greater than or equal to 0"),
     ({"temperature": -1}, "greater than or equal to 0"),
     ({"temperature": 1e9}, "less than or equal to 2"),
     ({"top_p": 0}, "greater than 0"),
@@ -139,9 +139,15 @@ def test_other_refusals_have_their_own_status(url):
         response = httpx.post(f"{url}/v1/completions", content=content,
                               headers={"content-type": "application/json"})
         assert response.status_code == 400 and response.json()["error"]["message"]
-    assert httpx.get(f"{url}/v1/nothing").json()["error"]["message"] == "Not Found"
-    assert httpx.get(f"{url}/v1/completions").status_code == 405
     assert post(url).status_code == 200, "the server goes on"
+
+
+def test_a_path_or_method_that_is_not_there_is_named_with_those_that_are(url):
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
+        answer = httpx.request(method, url + path)
+        assert answer.status_code == status
+        message = answer.json()["error"]["message"]
+        assert f"no {method} '{path}'" in message and "POST /v1/completions" in message
 
 
 def test_null_and_default_values_of_unsupported_fields_are_accepted(url):
@@ -265,6 +271,7 @@ def test_a_request_that_misses_its_deadline_is_ended(tiny, stream, served):
             assert response.status_code == 408 and response.headers["x-should-retry"] == "false"
             last = response.json()
         assert last["error"]["code"] == "timeout"
+        assert last["error"]["type"] == "timeout_error"
         go_on.set()
         metrics_say(url, 'request_success_total{finished_reason="timeout"} 1.0')
         assert post(url).status_code == 200, "its slot is free again"

@@ -106,6 +106,69 @@ def test_the_module_is_what_nbdev_makes_of_the_notebook_with_the_learners_lines_
     assert module == (course / "cbserver" / "sequence.py").read_text(encoding="utf-8")
 
 
+# A learner's lines with a text of several lines, and as they stand in a class, written by hand.
+TEXT = '''    mine = """one
+  two
+
+    three"""
+    more = ["a", """
+b"""]
+'''
+TEXT_IN_CLASS = '''        mine = """one
+  two
+
+    three"""
+        more = ["a", """
+b"""]
+'''
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nbdev") is None, reason="nbdev is the judge")
+def test_a_text_of_several_lines_reaches_the_module_as_it_was_written(course):
+    first, *rest = written("Sequence.append").splitlines(keepends=True)
+    module, said = play(course, {"t1a": "".join([first, TEXT, *rest])})
+    assert "✓ Sequence.append: yours passes" in said and TEXT_IN_CLASS in module
+    path = course / "notebooks" / COURSE.name
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    import live
+
+    for cell in notebook["cells"]:
+        if cell["id"] == "c09":
+            source = live.replace("".join(cell["source"]), "Sequence.append",
+                                  written("Sequence.append"))
+            head = f"    {first}"
+            assert source.count(head) == 1
+            source = source.replace(head, head + TEXT_IN_CLASS)
+            cell["source"] = source.splitlines(keepends=True)
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    export = f"from nbdev.export import nb_export; nb_export({str(path)!r}, lib_path='cbserver')"
+    subprocess.run([sys.executable, "-c", export], cwd=course, check=True)
+    assert module == (course / "cbserver" / "sequence.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", [
+    '"""a\n  b\n\nc"""', '("""a\nb""" +\n    "c")', 'f"""a\n{1 +\n1}\n  b"""', '"a\\\n  b"',
+    'f"""{f"x"}\n y"""', 'r"""\n   \n"""', '("one"\n     "two")', 'b"""a\n b"""'])
+def test_what_a_turn_returns_is_the_same_in_a_class_as_alone(text):
+    import live
+
+    written = f"def f(self):\n    return {text}\n"
+    alone = {}
+    exec(written, alone)
+    inside = {}
+    exec(live.replace("class A:\n    def f(self):\n        pass\n", "A.f", written), inside)
+    assert inside["A"]().f() == alone["f"](None)
+
+
+def test_blanks_alone_on_a_line_of_a_text_are_kept(tmp_path):
+    import live
+
+    (tmp_path / "mine.py").write_text('def f(self):\n    return """a\n   \nb"""\n')
+    names = {}
+    exec(compile((tmp_path / "mine.py").read_text(), str(tmp_path / "mine.py"), "exec"), names)
+    assert '"""a\n   \nb"""' in live.source_of(names["f"])
+
+
 def test_a_learner_may_write_the_decorators_too(course):
     edits = {"t1a": "import functools\n\n\n@functools.cache\n" + written("Sequence.append")}
     assert play(course, edits)[0] == module_with(["Sequence.append"])

@@ -17,13 +17,6 @@ def fan_out(submit, request, prompts, params, n, field):
 
     submit(request, tokens, params, field) takes one. Answer k of a prompt draws from seed + k.
     """
-    engine = request.app.state.engine
-    monitor = request.app.state.monitor
-    count = n * len(prompts)
-    limit = max(1, min(MOST, engine.max_waiting))
-    if not 1 <= count <= limit:
-        raise APIError(400, f"{len(prompts)} prompts with n {n} ask for {count} answers; "
-                       f"a request may have 1 to {limit}", "n" if n > 1 else field)
     sequences = []
     try:
         for tokens in prompts:
@@ -31,8 +24,8 @@ def fan_out(submit, request, prompts, params, n, field):
                 sequences.append(submit(request, tokens, with_seed(params, k), field))
     except APIError:
         for sequence in sequences:
-            engine.abort(sequence)
-            monitor.record(sequence, "one of several, refused")
+            request.app.state.engine.abort(sequence)
+            request.app.state.monitor.record(sequence, None)
         raise
     return sequences
 
@@ -56,13 +49,15 @@ def together(contexts):
 class NamedLogprob(NamedTuple):
     """A token's text, bytes, log-probability, and [(text, bytes, log-probability)] of the likeliest.
 
-    A prompt's first token has no log-probability: None.
+    A prompt's first token has no log-probability: None. begin: where its text begins in the
+    answer's; of a token that completes no character, where the next text does.
     """
 
     text: str
     bytes: list | None
     logprob: float | None
     top: list
+    begin: int
 
 
 class Piece(NamedTuple):
@@ -87,20 +82,29 @@ class Answer:
         self.sequence = sequence
         self.params = sequence.params
         self.index = index
-        self.detokenizer = Detokenizer(tokenizer, prompt=sequence.prompt_tokens)
         self.reader = CallReader(self.params.call_format) if self.params.call_format else None
         self.plain = self.reader is None and self.params.logprobs is None
         self.text = ""  # since the piece before
-        if self.params.echo:
-            self.text = self.detokenizer.decoder.text(sequence.prompt_tokens)
+        self.tokens = []  # all whose text belongs to the answer, and where that begins
+        self.begins = []
         self.count = 0  # tokens so far
         self.told = 0  # log-probabilities that are out
+        if self.params.echo:
+            self.detokenizer = Detokenizer(tokenizer)
+            self.tokens += sequence.prompt_tokens
+            self.text, self.begins = self.detokenizer.echo(sequence.prompt_tokens)
+        else:
+            self.detokenizer = Detokenizer(tokenizer, prompt=sequence.prompt_tokens)
 
     def push(self, token, ends):
         """One more token. ends: it is the model's sign for the end, which is not of the text."""
+        if self.params.prompt_only:
+            return
         if self.count == self.params.min_tokens:
             self.detokenizer.watch(self.params.stop, self.params.stop_token_ids)
         self.count += 1
+        self.tokens.append(token)
+        self.begins.append(self.detokenizer.length)
         if not ends:
             self.text += self.detokenizer.push(token)
 
@@ -125,22 +129,18 @@ class Answer:
         """NamedLogprobs of the tokens since the piece before; None if nobody asked."""
         if self.params.logprobs is None:
             return None
-        tokens = self.sequence.generated_tokens
-        end = self.count
-        if self.params.echo:
-            tokens = self.sequence.prompt_tokens + tokens
-            end += len(self.sequence.prompt_tokens)
-        news = slice(self.told, end)
-        self.told = end
-        return [self.named(*pair) for pair in zip(tokens[news], self.sequence.logprobs[news])]
+        news = slice(self.told, len(self.tokens))
+        self.told = len(self.tokens)
+        found = self.sequence.logprobs[news]
+        return [self.named(*its) for its in zip(self.tokens[news], found, self.begins[news])]
 
-    def named(self, token, found):
+    def named(self, token, found, begin):
         """A token and its TokenLogprob, or None, as a NamedLogprob."""
         name = self.detokenizer.decoder.named
         if found is None:
-            return NamedLogprob(*name(token), None, [])
+            return NamedLogprob(*name(token), None, [], begin)
         top = [(*name(other), speakable(logprob)) for other, logprob in found.top]
-        return NamedLogprob(*name(token), speakable(found.logprob), top)
+        return NamedLogprob(*name(token), speakable(found.logprob), top, begin)
 
 
 def speakable(logprob):
@@ -162,7 +162,8 @@ def pieces(engine, sequences):
 
 async def pieces_of(engine, sequence, index=0):
     """Yield the Pieces of one sequence."""
-    answer = Answer(engine.tokenizer, sequence, index)
+    # In a thread: a tokenizer's first answer looks at its whole vocabulary, an echo at the prompt.
+    answer = await asyncio.to_thread(Answer, engine.tokenizer, sequence, index)
     try:
         async for token in sequence.stream():
             end = sequence.finish_reason  # looked at first: no token is added once it is set

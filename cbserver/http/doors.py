@@ -1,23 +1,25 @@
-"""What stands before the app: a body that is too large or too slow, HEAD, browsers' origins."""
+"""What stands before the app: the key, a body that is too large or too slow, HEAD, origins."""
 import asyncio
 import time
 
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 
-from .errors import APIError
+from .errors import APIError, refused
 
 
-def guard(app, max_body, timeout, cors=()):
+def guard(app, authorize, max_body, timeout, cors=()):
     """Put all of them before a FastAPI app.
 
-    max_body: bytes of a request. timeout: seconds until all of it must be here. cors: origins that
-    browsers may call from.
+    authorize(request) raises APIError for who may not come in. max_body: bytes of a request.
+    timeout: seconds until all of it must be here. cors: origins that browsers may call from.
     """
     app.add_middleware(BodyLimit, limit=max_body, timeout=timeout)
     app.add_middleware(HeadAsGet)
+    app.add_middleware(Door, authorize=authorize)
     if cors:
         app.add_middleware(CORSMiddleware, allow_origins=cors, allow_methods=["*"],
-                           allow_headers=["*"])
+                           allow_headers=["*"], expose_headers=["X-Request-Id", "X-Request-Number"])
 
 
 def with_direct_send(app):
@@ -30,6 +32,24 @@ def with_direct_send(app):
         await app(scope, receive, send)
 
     return outermost
+
+
+class Door:
+    """ASGI middleware: who may not come in is told so before any of the body is read."""
+
+    def __init__(self, app, authorize):
+        self.app = app
+        self.authorize = authorize
+
+    async def __call__(self, scope, receive, send):
+        answer = self.app
+        if scope["type"] == "http":
+            request = Request(scope)
+            try:
+                self.authorize(request)
+            except APIError as error:
+                answer = await refused(request, error)
+        await answer(scope, receive, send)
 
 
 class BodyLimit:
@@ -55,7 +75,7 @@ class BodyLimit:
             try:
                 wait = deadline - time.monotonic()
                 message = await asyncio.wait_for(receive(), max(wait, 0))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise APIError(408, f"the body did not arrive within {self.timeout:g} seconds",
                                code="timeout", headers={"Connection": "close"})
             left -= len(message.get("body", b""))

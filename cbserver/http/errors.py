@@ -14,6 +14,8 @@ class APIError(HTTPException):
 
     def __init__(self, status, message, param=None, code=None, headers=None):
         kind = "invalid_request_error" if status < 429 else "server_error"
+        if status == 408:
+            kind = "timeout_error"
         body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         super().__init__(status, body, headers)
 
@@ -22,10 +24,23 @@ async def refused(request, error):
     """Any error as JSON in OpenAI's shape; what nobody foresaw is a 500 that tells no secrets."""
     if not isinstance(error, HTTPException):
         error = APIError(500, "internal error; see the server's log")
-    elif not isinstance(error, APIError):  # FastAPI's own: no such path, or no such method
-        error = APIError(error.status_code, str(error.detail), headers=error.headers)
+    elif not isinstance(error, APIError):
+        error = APIError(error.status_code, explained(request, error), headers=error.headers)
     request.app.state.monitor.refuse(error.status_code)
     return JSONResponse(error.detail, error.status_code, error.headers)
+
+
+def explained(request, error):
+    """What is said of what came to no route, in place of FastAPI's own words."""
+    if error.status_code == 400:
+        return ("the body cannot be read: it is no JSON in UTF-8, is nested too deeply, or has a "
+                "number of thousands of digits")
+    if error.status_code not in (404, 405):
+        return str(error.detail)
+    paths = request.app.openapi()["paths"]
+    routes = [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
+    asked = f"{request.method} {request.url.path[:100]!r}"
+    return f"there is no {asked}; there are {', '.join(routes)}"
 
 
 async def invalid(request, error):

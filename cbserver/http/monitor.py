@@ -20,9 +20,10 @@ from .errors import APIError
 from .replies import EventStream, event
 
 log = logging.getLogger("cbserver")
-SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 150)
-pages = APIRouter()  # for everybody
-private = APIRouter()  # for those with the key, where there is one
+SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 150,
+           300, 600, 1200)
+routes = APIRouter()
+OTHER_NAMES = {"prefix": "continuous"}  # of engines, as --engine calls them
 
 
 class Monitor:
@@ -75,7 +76,12 @@ class Monitor:
         self.refused.labels(status).inc()
 
     def record(self, sequence, request_id):
-        """Count a request that has ended, and log it in one line; never what it said."""
+        """Count a request that has ended, and log it in one line; never what it said.
+
+        request_id: None for an answer of a request that was refused as a whole: it counts nowhere.
+        """
+        if request_id is None:
+            return
         start = sequence.arrival_time
         times = sequence.token_times
         end = time.perf_counter()
@@ -95,7 +101,7 @@ class Monitor:
                  admitted - start, first - start, end - start)
 
 
-@private.get("/metrics")
+@routes.get("/metrics")
 async def metrics(request: Request):
     """Gauges, totals and latencies for Prometheus."""
     return PlainTextResponse(await request.app.state.monitor.text())
@@ -141,6 +147,7 @@ class Feed:
     def snapshot(self):
         """The batch now, as a dict ready for JSON."""
         engine = self.engine
+        kind = type(engine).__name__.removesuffix("Engine").lower()
         slots = [None] * engine.max_batch
         with engine.lock:
             for sequence in engine.running:
@@ -149,7 +156,7 @@ class Feed:
         kept = sum(slot[2] + slot[4] for slot in slots if slot)
         ttft = spread_ms(self.monitor.recent_ttft)
         return {"time": round(time.monotonic(), 3), "model": self.model_name,
-                "engine": type(engine).__name__.removesuffix("Engine").lower(), "slots": slots,
+                "engine": OTHER_NAMES.get(kind, kind), "slots": slots,
                 "waiting": stats.waiting, "steps": stats.steps,
                 "generated": stats.generated_tokens, "ttft_ms": [ttft["p50"], ttft["p99"]],
                 "kv": round(kept / (engine.max_batch * engine.max_len), 4)}
@@ -178,7 +185,7 @@ class Feed:
             self.viewers -= 1
 
 
-@private.get("/events", include_in_schema=False)
+@routes.get("/events", include_in_schema=False)
 async def events(request: Request):
     """What the page reads: a snapshot of the batch ten times a second, as server-sent events."""
     feed = request.app.state.feed
@@ -187,10 +194,10 @@ async def events(request: Request):
                        headers={"Retry-After": "10"})
     feed.viewers += 1  # here, or a burst of viewers would all find a place
     return EventStream(feed.stream(), {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-                       feed.watched(), None)
+                       feed.watched(), None, request.app.state.silence)
 
 
-@pages.get("/", include_in_schema=False)
+@routes.get("/", include_in_schema=False)
 async def page(request: Request):
     """The live batch as a page; the engine and the key decide what it offers."""
     state = request.app.state

@@ -1,6 +1,7 @@
 """The JSON of an answer, whole or in chunks, and the response that streams it."""
 import asyncio
 import json
+import math
 import time
 import uuid
 from json.encoder import encode_basestring_ascii
@@ -20,7 +21,6 @@ class Said:
 
     def __init__(self):
         self.tokens = 0
-        self.letters = 0  # of the tokens' names: where the next one begins
         self.template = None  # a ChunkTemplate, in a stream
         # In a whole answer:
         self.text = ""
@@ -69,7 +69,7 @@ class Reply:
         if said.calls:
             content["message"]["content"] = said.text or None
             content["message"]["tool_calls"] = [call_json(call) for call in said.calls]
-        return {"index": index, **content, "logprobs": self.logprobs(said.logprobs, said),
+        return {"index": index, **content, "logprobs": self.logprobs(said.logprobs),
                 "finish_reason": said.finish_reason}
 
     # As events
@@ -80,7 +80,7 @@ class Reply:
         first = said.tokens == 0
         said.tokens = piece.tokens
         if first or piece.finish_reason or piece.logprobs is not None:
-            return self.piece(piece, said, {"role": "assistant"} if first else {})
+            return self.piece(piece, {"role": "assistant"} if first else {})
         return said.template.fill(piece.text)
 
     def begin(self, index):
@@ -92,14 +92,14 @@ class Reply:
         self.answers[index] = said
         return said
 
-    def piece(self, piece, said, role):
+    def piece(self, piece, role):
         delta = {**role, "content": piece.text}
         if piece.calls:
             delta = {**role, **({"content": piece.text} if piece.text else {}),
                      "tool_calls": [{"index": i, **call_json(call)}
                                     for i, call in enumerate(piece.calls)]}
         choice = {"index": piece.index, **self.content(delta),
-                  "logprobs": self.logprobs(piece.logprobs, said),
+                  "logprobs": self.logprobs(piece.logprobs),
                   "finish_reason": piece.finish_reason}
         return self.event([choice])
 
@@ -124,19 +124,16 @@ class Reply:
                 "total_tokens": prompt_tokens + count,
                 "prompt_tokens_details": {"cached_tokens": cached}}
 
-    def logprobs(self, named, said):
+    def logprobs(self, named):
         """NamedLogprobs as OpenAI's two routes show them; None stays None."""
         if named is None:
             return None
         if self.chat:
             return {"content": [chat_logprob(token) for token in named], "refusal": None}
-        offsets = []
-        for token in named:
-            offsets.append(said.letters)
-            said.letters += len(token.text)
         return {"tokens": [token.text for token in named],
                 "token_logprobs": [token.logprob for token in named],
-                "top_logprobs": [by_text(token) for token in named], "text_offset": offsets}
+                "top_logprobs": [by_text(token) for token in named],
+                "text_offset": [token.begin for token in named]}
 
 
 def chat_logprob(token):
@@ -166,7 +163,7 @@ class ChunkTemplate:
     """Most chunks of a stream differ in their text alone, so their JSON is written once."""
 
     def __init__(self, chunk):
-        self.before, self.after = chunk.split('"TEXT"')
+        self.before, self.after = chunk.rsplit('"TEXT"', 1)  # a model may be called TEXT, too
 
     def fill(self, text):
         return self.before + encode_basestring_ascii(text) + self.after
@@ -176,40 +173,61 @@ class EventStream(Response):
     """Server-sent events, inside of `attended` even if the client leaves before the first.
 
     limit: seconds; a client that never reads is given up then, whatever is left to send. None:
-    never.
+    never. silence: seconds without an event after which a comment goes out, which clients skip:
+    proxies cut off a connection that says nothing. None: never.
     """
 
     media_type = "text/event-stream"
+    comment = {"type": "http.response.body", "body": b": still here\n\n", "more_body": True}
 
-    def __init__(self, events, headers, attended, limit):
+    def __init__(self, events, headers, attended, limit, silence=None):
         self.status_code = 200
         self.background = None
         self.init_headers(headers)
         self.events = events
         self.attended = attended
         self.limit = limit
+        self.silence = silence
+        self.last = math.inf  # when it fell silent, seconds of time.monotonic(); inf: it has not
 
     async def __call__(self, scope, receive, send):
+        direct_send = scope.get("direct_send", send)
         with self.attended:
-            sending = asyncio.create_task(self.send_all(scope.get("direct_send", send), send))
+            sending = asyncio.create_task(self.send_all(direct_send, send))
             leaving = asyncio.create_task(until_disconnect(Request(scope, receive)))
+            breaking = asyncio.create_task(self.break_silence(direct_send))
             try:
                 await asyncio.wait([sending, leaving], timeout=self.limit,
                                    return_when=asyncio.FIRST_COMPLETED)
             finally:
+                breaking.cancel()
                 leaving.cancel()
                 sending.cancel()  # harmless if it is done
                 await asyncio.wait([sending])
             if not sending.cancelled():
                 sending.result()
 
+    async def break_silence(self, direct_send):
+        """Send a comment whenever nothing has gone out for too long."""
+        while self.silence:
+            idle = max(0, time.monotonic() - self.last)
+            if idle >= self.silence:
+                await direct_send(self.comment)
+                self.last = time.monotonic()
+                idle = 0
+            await asyncio.sleep(self.silence - idle)
+
     async def send_all(self, direct_send, send):
         """The start goes through all middleware, each event past it."""
         await send({"type": "http.response.start", "status": self.status_code,
                     "headers": self.raw_headers})
+        self.last = time.monotonic()
         async for text in self.events:
+            self.last = math.inf  # while it is being sent; a slow client needs no comment
             await direct_send({"type": "http.response.body", "body": text.encode(),
                                "more_body": True})
+            self.last = time.monotonic()
+        self.last = math.inf
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -11,7 +11,13 @@ from ..model.logprobs import TOP
 from ..model.sampling import SamplingParams
 from .answers import MOST
 from .errors import APIError
+from .text import NESTING, each_prompt, nested
 from .tools import call_format
+
+# Of one conversation. Some templates look through all messages for each call.
+MESSAGES = 2048
+ROLES = 8  # different ones
+CALLS = 256
 
 # What apply_chat_template takes for itself is no variable of a template.
 RESERVED = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
@@ -77,12 +83,11 @@ class GenerationRequest(Elsewhere):
     """What completions and chat have in common. Fields with one value are known, not supported."""
 
     model: str | None = Field(None, description="the served model's name, or nothing")
-    max_tokens: int | None = Field(None, ge=1, description="at most so many; completions: 16, "
-                                   "chat: what the prompt leaves of the context")
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="the likeliest tokens with this mass")
     top_k: int = Field(0, ge=-1, lt=2**31, description="the likeliest so many; 0, -1: all")
-    seed: int | None = Field(None, ge=-2**63, lt=2**63, description="same seed, same answer")
+    seed: int | None = Field(None, ge=-2**63, lt=2**63, description="same seed, same answer; "
+                             "-1: none")
     stop: Stop | Annotated[list[Stop], Field(max_length=64)] = Field([], description="ends before")
     stop_token_ids: Annotated[list[StopToken], Field(max_length=64, fail_fast=True)] = Field(
         [], description="tokens that end an answer, beside the model's own")
@@ -100,26 +105,41 @@ class GenerationRequest(Elsewhere):
     repetition_penalty: float = Field(1.0, ge=1, le=1)
     response_format: dict[str, Any] = Field({"type": "text"}, description='{"type": "text"} only')
 
-    def sampling(self, engine, max_tokens):
-        """What the engine is asked for, a SamplingParams; APIError for what it cannot give."""
-        self.check(engine, max_tokens)
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        return SamplingParams(
-            max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p,
-            top_k=max(self.top_k, 0), seed=self.seed, stop=tuple(filter(None, stop)),
-            ignore_eos=self.ignore_eos, min_p=self.min_p, min_tokens=self.min_tokens,
-            stop_token_ids=tuple(self.stop_token_ids), logprobs=self.likeliest(), echo=self.echo,
-            call_format=self.call_format(engine.tokenizer))
+    @field_validator("response_format", "tool_choice", "tools", "chat_template_kwargs",
+                     mode="before", check_fields=False)
+    @classmethod
+    def shallow(cls, value):
+        if nested(value):
+            raise ValueError(f"it is nested deeper than {NESTING} levels")
+        return value
 
-    def check(self, engine, max_tokens):
-        """What depends on the engine, or on two fields at once."""
+    def sampling(self, engine, max_tokens):
+        """What the engine is asked for, a SamplingParams; call `check` before."""
+        if self.min_tokens > max_tokens:
+            raise APIError(400, f"min_tokens: {self.min_tokens} is more than max_tokens "
+                           f"{max_tokens}", "min_tokens")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        prompt_only = max_tokens == 0
+        return SamplingParams(
+            max_tokens=max(max_tokens, 1), temperature=self.temperature, top_p=self.top_p,
+            top_k=max(self.top_k, 0), seed=None if self.seed == -1 else self.seed,
+            stop=tuple(filter(None, stop)), ignore_eos=self.ignore_eos or prompt_only,
+            min_p=self.min_p, min_tokens=self.min_tokens,
+            stop_token_ids=tuple(self.stop_token_ids), logprobs=self.likeliest(), echo=self.echo,
+            prompt_only=prompt_only, call_format=self.call_format(engine.tokenizer))
+
+    def check(self, engine):
+        """Refuse what can be refused by counting: before anything is tokenized or rendered."""
+        prompts = self.prompt_count()
+        limit = max(1, min(MOST, engine.max_waiting))
+        if not 1 <= self.n * prompts <= limit:
+            raise APIError(400, f"{prompts} prompts with n {self.n} ask for {self.n * prompts} "
+                           f"answers; a request may have 1 to {limit}",
+                           "n" if self.n > 1 else "prompt")
         kind = self.response_format.get("type")
         if kind != "text":
             raise APIError(400, f"response_format: {str(kind)[:100]!r} {NO_GRAMMAR}; ask for the "
                            "form in the prompt, and send \"text\" or nothing", "response_format")
-        if self.min_tokens > max_tokens:
-            raise APIError(400, f"min_tokens: {self.min_tokens} is more than max_tokens "
-                           f"{max_tokens}", "min_tokens")
         most = len(engine.tokenizer)
         if max(self.stop_token_ids, default=0) >= most:
             raise APIError(400, f"stop_token_ids: the vocabulary has ids under {most}",
@@ -132,11 +152,21 @@ class GenerationRequest(Elsewhere):
 class CompletionRequest(GenerationRequest):
     prompt: str | Tokens | Texts | Annotated[list[Tokens], Field(fail_fast=True)] = Field(
         description="text or token ids, or a list of them: each has its answer")
+    max_tokens: int = Field(16, ge=0, description="at most so many; 0: none, for echo alone")
     best_of: Literal[1] = 1
     echo: bool = Field(False, description="the prompt first, with logprobs if they are asked for")
     logprobs: int | None = Field(None, ge=0, le=TOP, description="each token's log-probability, "
                                  "and those of so many likeliest; before temperature")
     suffix: Literal[""] = ""
+
+    def prompt_count(self):
+        return len(each_prompt(self.prompt))
+
+    def check(self, engine):
+        super().check(engine)
+        if self.max_tokens == 0 and not self.echo:
+            raise APIError(400, "max_tokens: 0 gives nothing but the prompt; send echo true with "
+                           "it, or 1 and more", "max_tokens")
 
     def likeliest(self):
         """Of how many tokens log-probabilities are wanted beside the chosen one's; None: of none."""
@@ -146,7 +176,7 @@ class CompletionRequest(GenerationRequest):
         return None
 
 
-class TextPart(Body):
+class TextPart(BaseModel):
     type: Literal["text"]
     text: str
 
@@ -163,11 +193,12 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    role: str = Field(description="system, user, assistant or tool, as the model's template has it")
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+    role: str = Field(max_length=64, description="system, user, assistant or tool, as the model's "
+                                                 "template has it")
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)] | None = Field(
         None, description="may be left out beside tool_calls")
     name: str | None = Field(None, description="for templates that show it")
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] = Field(
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=CALLS)] = Field(
         [], description="what the assistant called, for templates that show it")
     tool_call_id: str | None = Field(None, description="which call a tool answers")
 
@@ -190,7 +221,11 @@ class Tool(Body):
 
 
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=MESSAGES,
+        description=f"at most {ROLES} different roles, and {CALLS} tool_calls in all")
+    max_tokens: int | None = Field(None, ge=1, description="at most so many; nothing: what the "
+                                   "prompt leaves of the context")
     max_completion_tokens: int | None = Field(None, ge=1, description="max_tokens, renamed")
     add_generation_prompt: bool | None = Field(None, description="an answer begins after them; "
                                                "unless the last message goes on")
@@ -209,7 +244,18 @@ class ChatRequest(GenerationRequest):
     prediction: None = None
     reasoning_effort: None = None
     web_search_options: None = None
-    modalities: list[Literal["text"]] = ["text"]
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] = ["text"]
+
+    @field_validator("messages")
+    @classmethod
+    def few_roles_and_calls(cls, messages):
+        roles = len({message.role for message in messages})
+        calls = sum(len(message.tool_calls) for message in messages)
+        if roles > ROLES:
+            raise ValueError(f"{roles} different roles; a conversation may have {ROLES}")
+        if calls > CALLS:
+            raise ValueError(f"{calls} tool_calls; a conversation may have {CALLS}")
+        return messages
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -219,8 +265,11 @@ class ChatRequest(GenerationRequest):
             raise ValueError(f"{', '.join(sorted(taken))} is no variable of a template")
         return variables
 
-    def check(self, engine, max_tokens):
-        super().check(engine, max_tokens)
+    def prompt_count(self):
+        return 1
+
+    def check(self, engine):
+        super().check(engine)
         if self.top_logprobs and not self.logprobs:
             raise APIError(400, "top_logprobs: send logprobs true with it", "top_logprobs")
         if self.tool_choice not in ("auto", "none"):

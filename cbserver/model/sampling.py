@@ -13,8 +13,8 @@ class SamplingParams:
     min_tokens: before so many, only max_tokens ends an answer. logprobs: the log-probability of
     each token, and of so many likeliest; None: of none. echo: those of the prompt's tokens, too.
     Applied where there is text, not in the engine: stop (texts that end an answer), stop_token_ids
-    (tokens that do), echo (the prompt's text comes first), call_format (in which a model calls
-    tools).
+    (tokens that do), echo (the prompt's text comes first), prompt_only (nothing comes after it: an
+    engine makes one token at least, which is dropped), call_format (in which a model calls tools).
     """
 
     max_tokens: int = 128
@@ -29,6 +29,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     echo: bool = False
+    prompt_only: bool = False
     call_format: str | None = None
 
     @property

@@ -1,12 +1,14 @@
 """Whether a model does in our passes what it does by itself: tried at load, on a small copy of it."""
 import copy
+import functools
+import json
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from .load import ModelUnavailable, first_line
+from .load import ModelUnavailable, check_finite, first_line
 
 SMALL = {"vocab_size": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 SIDE = 64  # of what may be narrower without being another model: feed-forward layers
@@ -17,24 +19,29 @@ SCALARS = bool, int, float, str
 def check_served(model, runner_class):
     """Refuse, with a ModelUnavailable, a model whose answers here would not be its own.
 
-    runner_class: BatchRunner.
+    runner_class: BatchRunner. A process tries each kind of model once, so asking again is cheap.
     """
     try:
-        check_passes(model, runner_class)
+        settings = model.config.to_json_string(use_diff=False)
+        check_kind(type(model.config), settings, layers_needed(model), runner_class)
     except Exception as error:  # whatever a model may do with a cache or a mask it does not know
         raise ModelUnavailable(
             f"A {model.config.model_type} model cannot be served here ({first_line(error)}). This "
             "server takes decoder-only models that look at all earlier tokens through keys and "
             "values of one shape, such as Llama, SmolLM2, Qwen2 or Qwen3.") from error
+    if model.dtype != torch.float32:
+        check_range(model, runner_class)
 
 
+@functools.cache
 @torch.inference_mode()
-def check_passes(model, runner_class):
+def check_kind(config_class, settings, depth, runner_class):
     """ValueError unless a small copy answers in slots as it does by itself, in float32.
 
+    config_class, settings: of its configuration, as JSON. depth: how many layers the copy needs.
     Two prompts of unlike lengths, one of them read in two pieces, then a token of each in one pass.
     """
-    small = shrunken(model)
+    small = small_copy(config_class.from_dict(json.loads(settings)), depth)
     runner = runner_class(small, 3, 64)
     prompts = {1: trial_tokens(small, 29), 2: trial_tokens(small, 7)}
     found = {1: [], 2: []}
@@ -51,6 +58,18 @@ def check_passes(model, runner_class):
         parts = [*found[slot], hidden[slot]]
         logits = head(torch.cat(parts))  # [tokens, vocabulary]
         compare(logits, small(input_ids=tokens[None], use_cache=False).logits[0])
+
+
+@torch.inference_mode()
+def check_range(model, runner_class):
+    """Refuse a model whose numbers overflow in half precision, in a prompt or in a token after."""
+    runner = runner_class(model, 1, 16)
+    tokens = torch.arange(9, device=model.device)[None]  # the positions, too
+    slot = slice(0, 1)
+    prompt = runner.forward(tokens[:, :8], tokens[:, :8], slot, 8)
+    decoded = runner.forward(tokens[:, 8:], tokens[:, 8:], slot, 9)
+    hidden = torch.cat([prompt, decoded], 1)
+    check_finite(model.get_output_embeddings()(hidden))
 
 
 def trial_tokens(model, count):
@@ -92,12 +111,16 @@ def shrunken(model):
 
     It is narrow, too, if its configuration allows that.
     """
-    depth = max(2, layers_needed(model))
-    shallow = fewer_layers(model.config, depth)
+    return small_copy(model.config, layers_needed(model))
+
+
+def small_copy(config, depth):
+    """The same for a configuration; depth: how many of its layers, 2 at least."""
+    shallow = fewer_layers(config, max(2, depth))
     try:
-        small = made_up(type(model.config).from_dict(narrower(shallow)))
+        small = made_up(type(config).from_dict(narrower(shallow)))
     except Exception:  # its configuration does not allow these sizes together
-        small = made_up(type(model.config).from_dict(shallow))
+        small = made_up(type(config).from_dict(shallow))
     small.set_attn_implementation("eager")  # the model's own, which knows all that it does
     return small.eval()
 
@@ -105,7 +128,7 @@ def shrunken(model):
 def fewer_layers(config, depth):
     """A configuration's settings for its first layers, with windows that a trial would notice."""
     settings = copy.deepcopy(config.to_dict())
-    layers = settings.get("num_hidden_layers")
+    layers = config.num_hidden_layers
     for name, value in settings.items():
         limits = any(word in name for word in ("window", "chunk", "local_attention"))
         if isinstance(value, list) and len(value) == layers:  # a setting for each layer
@@ -125,8 +148,8 @@ def narrower(settings):
 
 def made_up(config):
     """A model of this configuration in float32, with the same made-up weights each time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the CPU's alone
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         make_up_weights(model)
     return model

@@ -29,6 +29,9 @@ MISTAKES = [
     ("05", "c15", "c13", ("for t in r.token_times if first <= t <= last))",
                           "for t in r.token_times))"),
      "count what the window holds", set()),
+    ("05", "c15", "c13", ("ended = [r for r in done if first <= r.token_times[-1] <= last]",
+                          "ended = done"),
+     "latencies are of requests that ended in the window", set()),
 ]
 # In what a learner writes: (turn, cell of its stub, cell of its check, (old, new), hint).
 TURNS = [

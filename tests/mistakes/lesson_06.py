@@ -6,10 +6,9 @@ MISTAKES = [
      "give the app its exception_handlers", SLOW),
     ("06", "f15", "c15", ("        engine.abort(sequence)\n        app.state", "        app.state"),
      "the server wrote on to the end", SLOW - {"f14", "f15"}),
-    ("06", "h5", "c12", ("if key and not hmac", "if key and given and not hmac"),
+    ("06", "h5", "c12", ("if kind.lower() != \"bearer\" or not same", "if sent and not same"),
      "a header that is missing is a wrong key too", SLOW),
-    ("06", "h5", "c19", ("protected.include_router(monitor.private)",
-                         "router.include_router(monitor.private)"),
+    ("06", "h5", "c12", ('OPEN = {"/",', 'OPEN = {"/", "/metrics",'),
      "/metrics is open", SLOW),
 ]
 # In what a learner writes: (turn, cell of its stub, cell of its check, (old, new), hint).

@@ -1,0 +1,107 @@
+"""Did a change cost anything? Old and new code in alternating pairs of fresh processes.
+
+    python -m bench.pairs --old 01f6ed4 --out figures/latest/pairs.json
+
+offline: the continuous engine without HTTP, tokens/s. http: CPU microseconds an event of the server
+over an engine that costs nothing.
+"""
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.results import ROOT, command_line, hardware, order, versions, write_json
+from load.process import LoadFailed
+from load.workload import vocabulary
+
+LIMIT_S = 900  # for one run
+
+
+@contextlib.contextmanager
+def tree_of(old):
+    """The folder of the old code: a folder as it is, a commit in a work tree of its own."""
+    if Path(old).is_dir():
+        yield Path(old).resolve()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "old"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", str(tree), old], check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+
+
+def run_in(tree, *words):
+    """What `python -m …` prints in this tree; raises LoadFailed with its last words."""
+    done = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=tree, timeout=LIMIT_S,
+                          capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tree)})
+    if done.returncode:
+        raise LoadFailed(f"{words[0]} in {tree} failed: {done.stderr.strip()[-400:]}")
+    return done.stdout
+
+
+def offline(tree, options):
+    """Tokens a second of the engine alone."""
+    case = {"arm": "continuous", "model": options.model, "dtype": None, "workload": "uniform",
+            "seed": 0, "longest": 128, "short": None, "vocab": vocabulary(options.model),
+            "prefill_budget": None, "max_len": 512, "slots": 16, "requests": options.requests}
+    return json.loads(run_in(tree, "bench.arms", json.dumps(case)).splitlines()[-1])["tokens_per_s"]
+
+
+def http(tree, options):
+    """CPU microseconds of the server for an event."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "http.json"
+        run_in(tree, "bench.http", "--arms", "server", "--repeats", 1, "--streams", 64,
+               "--requests", 512, "--out", out)
+        return json.loads(out.read_text(encoding="utf-8"))["rows"][0]["cpu_us_per_token"]
+
+
+MEASUREMENTS = {"offline": offline, "http": http}
+
+
+def compare(name, trees, options):
+    """The pairs of one measurement, and new ÷ old of each: a dict."""
+    runs = {"old": [], "new": []}
+    for repeat, side in order(["old", "new"], options.pairs):
+        runs[side].append(MEASUREMENTS[name](trees[side], options))
+        print(f"{name}, pair {repeat + 1}, {side}: {runs[side][-1]}", flush=True)
+    ratios = sorted(new / old for old, new in zip(runs["old"], runs["new"]))
+    return {"what": MEASUREMENTS[name].__doc__, **runs,
+            "new_by_old": {"median": round(statistics.median(ratios), 4),
+                           "spread": [round(ratios[0], 4), round(ratios[-1], 4)]}}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.pairs",
+                                     description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--old", required=True, help="a commit, or the folder of another work tree")
+    add("--measure", default="http,offline", help="of http, offline (both)")
+    add("--pairs", type=int, default=5, help="how many (5)")
+    add("--model", default="smollm2", help="for offline (smollm2)")
+    add("--requests", type=int, default=48, help="for offline (48)")
+    add("--out", type=Path, required=True, help="the result, as JSON")
+    options = parser.parse_args(arguments)
+    result = {"command": command_line("bench.pairs", arguments), "hardware": hardware(),
+              "versions": versions("torch", "transformers", "uvicorn"),
+              "date": datetime.date.today().isoformat(), "old": options.old, "measured": {}}
+    with tree_of(options.old) as tree:
+        for name in options.measure.split(","):
+            result["measured"][name] = compare(name, {"old": tree, "new": ROOT}, options)
+            write_json(result, options.out)
+    for name, found in result["measured"].items():
+        print(f"{name}: new ÷ old {found['new_by_old']}")
+
+
+if __name__ == "__main__":
+    main()
