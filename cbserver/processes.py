@@ -283,7 +283,7 @@ class RemoteEngine:
             if not self.thread.is_alive():
                 raise EngineStopped
             return await asyncio.wait_for(answer, self.stall_timeout)
-        except (asyncio.TimeoutError, EngineStopped):
+        except (TimeoutError, EngineStopped):
             raise APIError(503, "the engine's process does not answer; try again later",
                            code="engine_stopped")
         finally:
