@@ -1,5 +1,6 @@
 """The command line: `python -m cbserver`. It says what is wrong before anything heavy is loaded."""
 import argparse
+import errno
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ from .http.keys import usable_key
 
 ENGINES = ("continuous", "static", "sequential")
 DTYPES = ("float32", "float16", "bfloat16")
+BACKLOG = 2048  # connections that may wait to be accepted
 
 
 def parse(argv=None):
@@ -51,12 +53,15 @@ def parse(argv=None):
         help="a website whose scripts may call this server (default: none)")
     add("--http-processes", type=int, default=0,
         help="processes for HTTP, for tens of thousands of tokens/s (default: none of its own)")
+    add("--stall-timeout", type=float, default=20,
+        help="seconds that one of these processes may stand still (20)")
     add("--api-key", default=os.environ.get("CBSERVER_API_KEY"),
         help="the key that clients must send (CBSERVER_API_KEY)")
     add("--tunnel", action="store_true", help="open an ngrok tunnel; a key is then always required")
     args = parser.parse_args(argv)
     for name in ("max_batch", "max_len", "max_waiting", "prefill_budget", "request_timeout",
-                 "drain_timeout", "receive_timeout", "max_connections", "max_body"):
+                 "drain_timeout", "stall_timeout", "receive_timeout", "max_connections",
+                 "max_body"):
         value = getattr(args, name)
         if value is not None and not 1 <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
@@ -84,25 +89,46 @@ def parse(argv=None):
     return args
 
 
-def check_port(host, port):
-    """End the program if the port is taken, before the model is loaded and not after."""
+def take_port(host, port, processes=1):
+    """Sockets that listen at this address, one for each process, which nobody else can listen at.
+
+    Who connects from now on waits for the model. Ends the program if the address is not to be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][-1]
+        first = socket.create_server(address, family=family, backlog=BACKLOG)
+        if sys.platform != "linux":
+            return [first] * processes  # whichever process is free accepts
+        # Linux shares connections out evenly among sockets with this option. The first one takes
+        # it when it has the address already, so it never shares that with another program.
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        more = [socket.create_server(first.getsockname(), family=family, backlog=BACKLOG,
+                                     reuse_port=True) for _ in range(processes - 1)]
+        return [first, *more]
+    except (socket.gaierror, UnicodeError):
+        sys.exit(f"Cannot listen on {host}: this name is not known here; --host takes an address "
+                 "of this machine.")
     except OSError as error:
         reason = error.strerror.partition(" (")[0]
-        sys.exit(f"Cannot listen on {host}:{port} ({reason}); "
-                 "choose another port with --port.")
+        advice = "choose another port with --port"
+        if error.errno == errno.EADDRNOTAVAIL:
+            advice = "--host takes an address of this machine"
+        sys.exit(f"Cannot listen on {host}:{port} ({reason}); {advice}.")
 
 
 def main(argv=None, engine_class=None):
     """Load, say where it serves, serve. engine_class: in place of the one that --engine names."""
     args = parse(argv)
-    check_port(args.host, args.port)
+    listeners = take_port(args.host, args.port, max(1, args.http_processes))
     chosen = args.model or os.environ.get("CBSERVER_MODEL") or "the default model"
     print(f"Loading {chosen}", flush=True)
 
-    from . import process  # torch, transformers and uvicorn: seconds
+    import torch  # it takes seconds, as do transformers and uvicorn
+
+    if not torch.cuda.is_available():  # torch would load triton all the same, which is of no use
+        sys.modules.setdefault("triton", None)  # here, and complains of itself at a clean end
+    from . import process
     from .model.load import ModelUnavailable
     from .server import create_app
 
@@ -130,16 +156,18 @@ def main(argv=None, engine_class=None):
                "receive_timeout": args.receive_timeout, "silence": args.silence}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.http_processes:
-        servers = HttpProcesses(engine, args.http_processes, args.host, args.port,
-                                args.drain_timeout, **options)
-        if not servers.run():
-            sys.exit("A process for HTTP has failed; see above. The server has ended.")
+        server = HttpProcesses(engine, listeners, args.drain_timeout, args.stall_timeout,
+                               args.max_connections, **options)
+        server.run()
     else:
         app = create_app(engine, **options)
-        process.DrainingServer(app, args.host, args.port, args.drain_timeout,
-                               args.max_connections, args.receive_timeout).run()
+        server = process.DrainingServer(app, args.host, args.port, args.drain_timeout,
+                                        args.max_connections, args.receive_timeout)
+        server.run(listeners)
     if failures:
         sys.exit("The engine failed; see above. The server has ended.")
+    if server.problem:
+        sys.exit(server.problem)
 
 
 def reach(args):

@@ -37,14 +37,19 @@ ENGINES = {"continuous": ContinuousEngine, "static": StaticEngine, "sequential":
 
 
 def prepare():
-    """Settings of a process that serves. Returns the list of the threads' failures, empty yet."""
+    """Settings of a process that serves. Returns the list of the engine's failures, empty yet."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us; uvicorn's logs want it
+            setattr(sys, name, open(os.devnull, "w"))
     sys.setswitchinterval(5e-4)  # the engine's thread need not wait 5 ms for the event loop's
     allow_many_files()
     failures = []
 
     def note(failure):
-        explain(failure)
-        failures.append(failure)
+        threading.__excepthook__(failure)
+        if failure.thread is not None and failure.thread.name == "engine":
+            explain(failure)
+            failures.append(failure)
 
     threading.excepthook = note
     return failures
@@ -72,8 +77,7 @@ def event_loop():
 
 
 def explain(failure):
-    """The engine's thread has ended: its traceback, and which knob helps, if one does."""
-    threading.__excepthook__(failure)
+    """The engine's thread has ended: which knob helps, if one does."""
     if isinstance(failure.exc_value, torch.OutOfMemoryError):
         print("The GPU's memory ran out: lower --max-batch or --max-len.", file=sys.stderr)
 
@@ -126,11 +130,53 @@ def build_engine(args, engine_class=None):
 KEEP_ALIVE = 75
 
 
-class DrainingServer(uvicorn.Server):
-    """uvicorn that ends with its engine, in two phases.
+class Drain:
+    """The end of an engine: closed to new requests (503), it has some seconds for those it has."""
 
-    A first signal closes the engine to new requests (503) and lets it finish those it has, for
-    drain_timeout seconds; a second one ends the process at once.
+    def __init__(self, engine, seconds):
+        self.engine = engine
+        self.seconds = seconds
+        self.deadline = math.inf
+        self.told = False  # that answers are being finished
+        self.cut_off = 0  # answers
+
+    @property
+    def begun(self):
+        return self.deadline < math.inf
+
+    @property
+    def problem(self):
+        """What went wrong, as a sentence, or None."""
+        if self.cut_off:
+            return f"Answers cut off at the end of --drain-timeout: {self.cut_off}."
+
+    def begin(self):
+        """Harmless if it has begun."""
+        if not self.begun:
+            self.deadline = time.monotonic() + self.seconds
+            self.engine.close(None)
+
+    def is_late(self):
+        """Asked a few times a second: whether the time is over. Then what is left is cut off."""
+        if not self.begun:
+            return False
+        stats = self.engine.stats()
+        left = stats.running + stats.waiting
+        if left and not self.told:
+            self.told = True
+            log.info("Answers to finish: %d, for %g seconds at most; a second signal ends at once",
+                     left, self.seconds)
+        late = time.monotonic() > self.deadline
+        if late:
+            self.cut_off += left
+            self.engine.close("abort")
+        return late
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that ends with its engine: a first signal drains it, a second one ends at once.
+
+    drain_timeout: seconds.
     """
 
     def __init__(self, app, host, port, drain_timeout=30, max_connections=4096,
@@ -141,19 +187,14 @@ class DrainingServer(uvicorn.Server):
                                         http=bounded(max_connections, receive_timeout),
                                         ws="none"))
         self.engine = app.state.engine
-        self.drain_timeout = drain_timeout
-        self.deadline = math.inf
+        self.drain = Drain(self.engine, drain_timeout)
         self.quiet_until = 0.0
-
-    def handle_exit(self, signal, frame):
-        if self.draining:
-            end_at_once()
-        self.deadline = time.monotonic() + self.drain_timeout
-        self.engine.close(None)
 
     async def startup(self, sockets=None):
         asyncio.get_running_loop().set_exception_handler(self.note_trouble)
         await super().startup(sockets)
+        if self.drain.begun:  # the signal came first, and then the app has opened the engine
+            self.engine.close(None)
 
     def note_trouble(self, loop, context):
         """What asyncio reports. Where files are scarce it does so for every try, thousands a second."""
@@ -165,18 +206,30 @@ class DrainingServer(uvicorn.Server):
             log.warning("No file is left for another connection (ulimit -n), so new ones wait")
 
     @property
-    def draining(self):
-        return self.deadline < math.inf
+    def problem(self):
+        """What went wrong, as a sentence, or None."""
+        return self.drain.problem
+
+    def handle_exit(self, signal, frame):
+        if self.drain.begun:
+            end_at_once()
+        self.drain.begin()
+
+    async def serve(self, sockets=None):
+        try:
+            await super().serve(sockets)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     async def on_tick(self, counter):
         """uvicorn asks ten times a second whether to end."""
-        late = time.monotonic() > self.deadline
+        late = self.drain.is_late()
         ended = not self.engine.thread.is_alive()
         if late:
-            self.engine.close("abort")
             faulthandler.dump_traceback_later(15, exit=True)  # for a step that never returns
-        elif ended and self.draining:  # slow readers have what is left of the time
-            self.config.timeout_graceful_shutdown = max(5, self.deadline - time.monotonic())
+        elif ended and self.drain.begun:  # slow readers have what is left of the time
+            left = self.drain.deadline - time.monotonic()
+            self.config.timeout_graceful_shutdown = max(5, left)
         return await super().on_tick(counter) or late or ended
 
 

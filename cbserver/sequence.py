@@ -163,6 +163,8 @@ class Engine:
 
     def open(self, loop):
         """Take requests; their tokens will go to this event loop."""
+        if self.thread is not None and self.thread.is_alive():
+            raise RuntimeError("this engine runs already; a second thread would share its cache")
         self.loop = loop
         self.stopping = False
 

@@ -163,8 +163,8 @@ async def model_card(request: Request, name: str):
 @router.get("/health")
 async def health(request: Request):
     "Alive: 200 until the engine's thread has ended; a supervisor restarts on 503."
-    if not request.app.state.engine.thread.is_alive():
-        raise APIError(503, "the engine has ended; see the server's log", code="engine_stopped")
+    if not request.app.state.monitor.is_alive():
+        raise APIError(503, "the engine has ended or stands still", code="engine_stopped")
     return {"status": "ok"}
 
 

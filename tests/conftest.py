@@ -66,9 +66,10 @@ def serving(engine, **options):
 @contextlib.contextmanager
 def serving_in_processes(engine, **options):
     """The same with HTTP in two processes of its own, and the engine here."""
+    from cbserver.cli import take_port
     from cbserver.processes import HttpProcesses
 
-    servers = HttpProcesses(engine, 2, **options)
+    servers = HttpProcesses(engine, take_port("127.0.0.1", 0, 2), **options)
     servers.start()
     try:
         yield servers.url

@@ -190,6 +190,19 @@ def test_an_engine_can_be_started_again(tiny, reference):
     assert asyncio.run(main()) == reference(prompt(2, 7), 6)
 
 
+def test_an_engine_that_runs_cannot_be_started_once_more(tiny):
+    async def main():
+        engine = ContinuousEngine(*tiny)
+        await engine.start()
+        with pytest.raises(RuntimeError, match="runs already"):
+            await engine.start()
+        output = await collect(engine.submit([1, 2], SamplingParams(4, ignore_eos=True)))
+        await engine.stop()
+        return output
+
+    assert len(asyncio.run(main())) == 4
+
+
 def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path):
     with pytest.raises(ModelUnavailable, match="random:tiny"):
         load_model("random:huge")

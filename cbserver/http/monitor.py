@@ -64,6 +64,13 @@ class Monitor:
         yield CounterMetricFamily("prefix_cache_hits", "those of them that a slot held already",
                                   stats.cached_tokens)
 
+    async def text(self):
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self.registry)
+
+    def is_alive(self):
+        return self.engine.thread.is_alive()
+
     def refuse(self, status):
         """Count an answer other than 200."""
         self.refused.labels(status).inc()
@@ -97,7 +104,7 @@ class Monitor:
 @routes.get("/metrics")
 async def metrics(request: Request):
     """Gauges, totals and latencies for Prometheus."""
-    return PlainTextResponse(generate_latest(request.app.state.monitor.registry))
+    return PlainTextResponse(await request.app.state.monitor.text())
 
 
 class Feed:
@@ -154,12 +161,18 @@ class Feed:
                 "generated": stats.generated_tokens, "ttft_ms": [ttft["p50"], ttft["p99"]],
                 "kv": round(kept / (engine.max_batch * engine.max_len), 4)}
 
+    async def latest(self):
+        return self.snapshot()
+
     async def stream(self):
         """Snapshots as events, until the engine ends or the viewer leaves."""
         while self.engine.thread.is_alive():
             if time.monotonic() - self.made >= self.interval:
+                try:
+                    self.text = event(await self.latest())
+                except APIError:  # too late for another status than 200
+                    return
                 self.made = time.monotonic()
-                self.text = event(self.snapshot())
             yield self.text
             await asyncio.sleep(self.interval)
 
