@@ -55,7 +55,9 @@ def test_a_busy_port_is_one_sentence():
 
 
 @pytest.mark.parametrize("model, words", [("random:huge", "random:tiny"),
-                                          ("./no/such/folder", "smollm2")])
+                                          ("./no/such/folder", "There is no folder"),
+                                          ("/nonexistent", "There is no folder"),
+                                          ("no-such/model", "smollm2")])
 def test_a_model_that_cannot_be_had_is_one_sentence(model, words):
     done = command("cbserver", "--model", model, "--port", str(free_port()), HF_HUB_OFFLINE="1")
     assert done.returncode != 0 and words in done.stderr

@@ -99,6 +99,10 @@ def stop_tokens(model):
 
 def pretrained(source, device, dtype):
     """Model and tokenizer from the Hub or a folder."""
+    path = Path(source)
+    is_path = path.is_absolute() or len(path.parts) > 2 or str(source).startswith((".", "~"))
+    if is_path and not path.exists():  # an id on the Hub is NAME or ORGANISATION/NAME
+        raise ModelUnavailable(f"There is no folder {str(source)!r} here to load a model from.")
     try:
         model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype,
                                                             output_loading_info=True)
