@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
@@ -177,8 +176,10 @@ def convert(wheel, folder):
 def splitting_rule(file):
     """How a GGUF file's tokenizer splits a text before it merges letters, as the file names it.
 
-    transformers does not read that name, and splits every text as GPT-2 does.
+    transformers does not know the name smollm, and would split a text as GPT-2 does.
     """
+    from gguf import GGUFReader  # needed once, to convert
+
     name = bytes(GGUFReader(file).fields["tokenizer.ggml.pre"].parts[-1]).decode()
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if name == "gpt-2":
