@@ -44,9 +44,13 @@ def received(sequence):
     async def read():
         return [token async for token in sequence.stream()]
 
-    # Not asyncio.run: a lesson that ran in this process may have changed it.
+    return finished(asyncio.wait_for(read(), 10))
+
+
+def finished(coroutine):
+    """What a coroutine returns. Not asyncio.run: a lesson that ran here may have changed it."""
     with contextlib.closing(asyncio.new_event_loop()) as loop:
-        return loop.run_until_complete(asyncio.wait_for(read(), 10))
+        return loop.run_until_complete(coroutine)
 
 
 @contextlib.contextmanager

@@ -273,7 +273,7 @@ def test_a_drain_is_bounded_and_a_second_signal_ends_at_once():
             server.process.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert '"engine_stopped"' in rest[-2] and rest[-1] == "data: [DONE]"
-        assert server.process.wait(30) == 0
+        assert server.process.wait(30) == 1  # an answer was cut off
     with Process(script=slow) as server, server.stream() as response:
         lines = response.iter_lines()  # kept: a client that drops it has left
         next(lines)

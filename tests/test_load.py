@@ -20,7 +20,7 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, finished
 
 from bench import compare, report
 from cbserver.metrics import RequestRecord, percentile, summarize
@@ -796,7 +796,7 @@ def test_pings_are_no_tokens_to_either_client(serve, tmp_path):
     numbers = result["summary"]
     assert (numbers["failures"], numbers["tokens_per_event"]) == (0, 1)
     assert all(len(r.token_times) == r.completion_tokens == 16 for r in result["records"])
-    outcomes, _ = client.run(url, token_workload("uniform", 3, longest=16), users=1)
+    outcomes, _ = finished(client.closed_loop(url, token_workload("uniform", 3, longest=16), 1))
     assert [o.error for o in outcomes] == [None] * 3
     assert all(len(o.event_times) == o.tokens == 16 for o in outcomes)
 
@@ -818,7 +818,7 @@ def test_the_lean_client_names_what_a_last_event_lacks(last, said):
         asked = types.SimpleNamespace(prompt_tokens=[1], max_tokens=1)
         return await client.Connection(reader, io.BytesIO()).ask(asked)
 
-    assert asyncio.run(ask()).error == said
+    assert finished(ask()).error == said
 
 
 def test_the_time_left_follows_the_pace():

@@ -151,8 +151,14 @@ def test_a_text_cut_anywhere_into_prompt_and_answer_is_whole_again(text, data):
         assert said[begin:].startswith(alone) or "\ufffd" in alone
 
 
+# Without the byte 0xED: Python's decoder waits behind it for half of a surrogate pair, which is no
+# character.
+ED = byte_level()("\ud000")["input_ids"][0]
+no_halves = st.lists(st.integers(0, 510).filter(lambda token: token != ED), max_size=60)
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 510), max_size=60), st.lists(st.integers(0, 510), max_size=60))
+@given(no_halves, no_halves)
 def test_a_tokens_text_begins_where_the_whole_characters_before_it_end(prompt, answer):
     tokenizer = TOKENIZERS["byte_level"]
     letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
