@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import datetime
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -152,8 +153,12 @@ def run_server(options, levels, profile=None):
     arguments = ["serve", step_ms, profile or "-", "--model", options.model or "random:tiny",
                  "--max-batch", slots, "--max-len", options.max_len,
                  "--max-waiting", 2 * options.requests, *options.server_args.split()]
+    command = python_module("bench.http", *arguments)
+    if options.server_tree:  # -P: its code, and not this folder's, comes first
+        os.environ["PYTHONPATH"] = options.server_tree
+        command.insert(1, "-P")
     with tempfile.TemporaryDirectory() as folder, ServerProcess(
-            python_module("bench.http", *arguments), f"{folder}/log",
+            command, f"{folder}/log",
             say=lambda line: None) as server, ProcessPoolExecutor(
             options.clients, get_context("spawn")) as pool:
         process = psutil.Process(server.process.pid)
@@ -299,6 +304,7 @@ def parse(argv):
     add("--repeats", type=int, default=3, help="fresh servers (3)")
     add("--arms", default="floor,server", help="of floor, server, alone (floor,server)")
     add("--server-args", default="", help="more options of the server, as one string")
+    add("--server-tree", help="another work tree, whose server is measured with these clients")
     add("--name", default="server", help="what to call the server's rows (server)")
     add("--profile", action="store_true", help="one more run: whose lines the event loop is at")
     add("--out", type=Path, default=DATA / "http-cpu.json")

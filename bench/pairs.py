@@ -61,8 +61,8 @@ def http(tree, options):
     """CPU microseconds of the server for an event."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "http.json"
-        run_in(tree, "bench.http", "--arms", "server", "--repeats", 1, "--streams", 64,
-               "--requests", 512, "--out", out)
+        run_in(ROOT, "bench.http", "--arms", "server", "--repeats", 1, "--streams", 64,
+               "--requests", 512, "--server-tree", tree, "--out", out)  # the clients are the same
         return json.loads(out.read_text(encoding="utf-8"))["rows"][0]["cpu_us_per_token"]
 
 

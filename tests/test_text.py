@@ -13,7 +13,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cbserver.http import text as http_text
 from cbserver.http.answers import pieces_of
-from cbserver.http.text import Detokenizer, StopString, characters, decoder_of
+from cbserver.http.text import (
+    Detokenizer,
+    StopString,
+    characters,
+    decoder_of,
+    prompt_tokens,
+)
 from cbserver.model.random_llama import byte_tokenizer
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
@@ -317,5 +323,6 @@ def test_a_vocabulary_is_not_looked_through_while_the_streams_wait(tiny, monkeyp
     sequence = engine.submit(prompt(1, 9), SamplingParams(3))
     while engine.waiting or engine.running:
         engine.step()
+    asyncio.run(asyncio.to_thread(prompt_tokens, engine.tokenizer, "a"))  # as the routes do it
     asyncio.run(read(engine, sequence))
     assert made == [engine.tokenizer]

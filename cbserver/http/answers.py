@@ -162,8 +162,11 @@ def pieces(engine, sequences):
 
 async def pieces_of(engine, sequence, index=0):
     """Yield the Pieces of one sequence."""
-    # In a thread: a tokenizer's first answer looks at its whole vocabulary, an echo at the prompt.
-    answer = await asyncio.to_thread(Answer, engine.tokenizer, sequence, index)
+    arguments = engine.tokenizer, sequence, index
+    if sequence.params.echo:  # looks at every token of the prompt
+        answer = await asyncio.to_thread(Answer, *arguments)
+    else:
+        answer = Answer(*arguments)
     try:
         async for token in sequence.stream():
             end = sequence.finish_reason  # looked at first: no token is added once it is set

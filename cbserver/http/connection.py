@@ -1,7 +1,9 @@
 """A client's connection before there is a request: how many, how large a head, how long it may take."""
+import contextlib
 import functools
 import http
 import json
+import socket
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -35,6 +37,9 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        client = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # a token must not wait for the next to fill a packet
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.turned_away = len(self.connections) > self.max_connections
         self.await_head(TURNED_AWAY_S if self.turned_away else self.receive_timeout)
 

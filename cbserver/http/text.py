@@ -29,6 +29,7 @@ def prompt_tokens(tokenizer, prompt, max_len=math.inf):
 
     A text that must have more than max_len tokens is a 400, and nothing is tokenized.
     """
+    decoder_of(tokenizer)
     prompts = each_prompt(prompt)
     for one in prompts:
         if isinstance(one, str):
@@ -71,6 +72,7 @@ def chat_tokens(tokenizer, messages, template=None, max_len=math.inf):
     template: what it takes beside the messages; None: an answer begins after them. Only the
     template writes control tokens: one in what a client sends is read as the characters it has.
     """
+    decoder_of(tokenizer)
     if not tokenizer.chat_template:
         raise APIError(400, "this model has no chat template; use /v1/completions", "messages")
     check_length(tokenizer, sum(len(text_of(m)) for m in messages), max_len, "messages")
@@ -317,6 +319,7 @@ class Decoder:
 
 @functools.lru_cache(8)
 def decoder_of(tokenizer):
+    """Made with the first prompt, which has a thread: it looks at the whole vocabulary."""
     return Decoder(tokenizer)
 
 
