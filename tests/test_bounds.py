@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from cbserver.http.schema import CALLS, ROLES, ChatRequest, CompletionRequest, Message
-from cbserver.http.text import CUT, chat_tokens, longest_token, prompt_tokens
+from cbserver.http.text import CUT, chat_tokens, decoder_of, longest_token, prompt_tokens
 from cbserver.model.random_llama import byte_tokenizer
 from cbserver.scheduler import ContinuousEngine
 
@@ -146,6 +146,8 @@ def largest(make):
 def counted(tiny):
     """(a tokenizer that counts, the URL of a server with it)."""
     tokenizer = counting_tokenizer()
+    decoder_of(tokenizer)  # looks at the vocabulary once, whoever asks first
+    tokenizer.characters = 0
     with serving(ContinuousEngine(tiny[0], tokenizer, max_len=MAX_LEN)) as url:
         yield tokenizer, url
 
