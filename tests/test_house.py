@@ -43,7 +43,7 @@ def test_what_each_lesson_teaches_is_small():
 
 def test_what_is_given_is_small():
     given = [path for name, path in modules("cbserver").items() if not is_taught(name)]
-    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in given) <= 2750
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in given) <= 2800
 
 
 def test_imports_go_one_way():

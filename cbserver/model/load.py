@@ -101,7 +101,8 @@ def pretrained(source, device, dtype):
     path = Path(source)
     is_path = path.is_absolute() or len(path.parts) > 2 or str(source).startswith((".", "~"))
     if is_path and not path.exists():  # an id on the Hub is NAME or ORGANISATION/NAME
-        raise ModelUnavailable(f"There is no folder {str(source)!r} here to load a model from.")
+        raise ModelUnavailable(f"There is no folder {str(source)!r} here to load a model from. "
+                               "Check the name, or use smollm2, which needs none.")
     try:
         model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype,
                                                             output_loading_info=True)
