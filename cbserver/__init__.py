@@ -5,8 +5,8 @@ import sys
 
 __version__ = "0.2.0"
 
-# torch's threads on a CPU spin for 300,000 rounds when they wait for each other, and beside other
-# busy processes they wait for a thread that the spinning keeps from running. torch reads this when
+# torch's threads on a CPU spin for 300,000 rounds when they wait for each other. Beside other busy
+# processes they may so wait for a thread that the spinning keeps from running. torch reads this when
 # it is loaded, so it is set here, before. On macOS and Windows torch has another OpenMP.
 if sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "20000"
