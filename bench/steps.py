@@ -71,9 +71,9 @@ def fit(steps, slots, lag=0):
     knots = knots_of(rows[:, 0], slots)
     columns = columns_of(rows, knots)
     found, *_ = np.linalg.lstsq(columns, seconds, rcond=None)
-    *decode, per_key, per_pass, per_token = found.tolist()
-    model = StepModel(tuple(zip(knots, decode)), max(per_key, 0.0), max(per_pass, 0.0),
-                      max(per_token, 0.0), lag)
+    # Nothing takes less than no time, whatever noise fits best.
+    *decode, per_key, per_pass, per_token = np.maximum(found, 0.0).tolist()
+    model = StepModel(tuple(zip(knots, decode)), per_key, per_pass, per_token, lag)
     return model, quality(rows, columns @ found - seconds)
 
 
