@@ -38,9 +38,9 @@ async def count_tokens(model_name, seconds, slots=16):
     patience = time.monotonic() + 2 * seconds
     while not all(s.generated_tokens for s in sequences) and time.monotonic() < patience:
         await asyncio.sleep(0.05)
-    made, begin = engine.stats().generated_tokens, time.perf_counter()
+    made, begin = engine.stats().num_generated_tokens, time.perf_counter()
     await asyncio.sleep(seconds)
-    made = engine.stats().generated_tokens - made
+    made = engine.stats().num_generated_tokens - made
     speed = made / (time.perf_counter() - begin)
     print(json.dumps(round(speed, 2)), flush=True)
     os._exit(0)  # a step may take minutes, and its thread cannot be stopped

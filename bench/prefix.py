@@ -123,8 +123,8 @@ async def conversations(engine, case):
                 said = sequence.prompt_tokens + sequence.generated_tokens
 
     stats, seconds = await timed(engine, [user() for _ in range(case["slots"])])
-    return numbers(by_turn, round(stats.generated_tokens / seconds, 1),
-                   stats.cached_tokens / stats.prompt_tokens)
+    return numbers(by_turn, round(stats.num_generated_tokens / seconds, 1),
+                   stats.num_cached_tokens / stats.num_prompt_tokens)
 
 
 async def unshared(engine, case):
@@ -133,7 +133,7 @@ async def unshared(engine, case):
                               vocabulary(case["model"]))
     stats, seconds = await timed(engine, [answered(engine, r.prompt_tokens, r.max_tokens)
                                           for r in requests])
-    return {"tokens_per_s": round(stats.generated_tokens / seconds, 1)}
+    return {"tokens_per_s": round(stats.num_generated_tokens / seconds, 1)}
 
 
 async def timed(engine, work):
@@ -147,7 +147,7 @@ async def timed(engine, work):
     after = engine.stats()
     await engine.stop()
     counted = {name: getattr(after, name) - getattr(before, name)
-               for name in ("prompt_tokens", "generated_tokens", "cached_tokens")}
+               for name in ("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens")}
     return after._replace(**counted), seconds
 
 

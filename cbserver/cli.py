@@ -29,7 +29,7 @@ def parse(argv=None):
     add("--max-batch", type=int, help="sequences served at once (16, or as many as fit)")
     add("--max-len", type=int, help="tokens of prompt and answer together (2048, or what model and memory allow)")
     add("--max-waiting", type=int, default=256, help="requests that may wait before 429 (256)")
-    add("--prefill-budget", type=int, help="prompt tokens read in a step (2048 on a GPU, else 512)")
+    add("--prefill-budget", type=int, help="prompt tokens read in a step while others stream (measured at the start)")
     add("--dtype", choices=DTYPES,
         help="number format of the weights (float32 on a CPU, else half precision)")
     add("--fast", action=argparse.BooleanOptionalAction,
@@ -82,6 +82,8 @@ def parse(argv=None):
             parser.error("--cors takes an origin, such as https://example.org, or * for all")
     if args.prefix_reuse and args.engine != "continuous":
         parser.error("--prefix-reuse needs --engine continuous")
+    if args.prefill_budget and args.engine != "continuous":
+        parser.error("--prefill-budget needs --engine continuous")
     if args.http_processes < 0:
         parser.error("--http-processes must be 0 or more")
     if args.http_processes and not hasattr(socket, "SO_REUSEPORT"):
@@ -147,7 +149,7 @@ def main(argv=None, engine_class=None):
         sys.exit(str(error))
     made_key, url = reach(args)
     name = process.served_name(args, engine)
-    print(f"Serving {name} with the {args.engine} engine ({engine.max_batch} at once) on {url}; "
+    print(f"Serving {name} with the {args.engine} engine ({engine.slots} at once) on {url}; "
           "the API is documented at /docs", flush=True)
     shown = f"#key={made_key}" if made_key else ""  # a key of yours is not printed
     print(f"Watch the batch: {url}/{shown}", flush=True)

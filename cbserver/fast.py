@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .batch import PIECE, BatchRunner
+from .batch import BatchRunner
 from .model.attention import grouped_attention, kv_shape
 from .model.load import stop_tokens
 from .model.logprobs import fetch_logprobs, note_prompt
@@ -27,7 +27,7 @@ except ImportError:
     tl = type("tl", (), {"constexpr": int})
 
 # The sizes that a pass is padded to: tokens of a prompt, rows of a decode step beyond 64 slots.
-WIDTHS = (64, 128, 256, PIECE)
+WIDTHS = (64, 128, 256, 512)
 ROWS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 
 compiled = torch.compile(dynamic=True, disable=not torch.cuda.is_available())
@@ -266,8 +266,9 @@ class FastStep(BatchRunner):
         all_slots = slots <= 64 if invariant is None else invariant
         self.invariant = by_kernel and all_slots
         # The sizes of passes: a prompt's tokens, where later pieces start, rows, keys to look at.
-        self.widths = sorted({min(width, max_len) for width in WIDTHS})
-        self.starts = range(PIECE, min(max_len - PIECE, 15 * PIECE) + 1, PIECE)
+        piece = self.piece
+        self.widths = sorted({min(width, piece, max_len) for width in WIDTHS})
+        self.starts = range(piece, min(max_len - piece, 15 * piece) + 1, piece)
         self.counts = [slots] if all_slots else [n for n in ROWS if n < slots] + [slots]
         self.spans = [max_len]
         if not by_kernel:
@@ -275,7 +276,7 @@ class FastStep(BatchRunner):
         # What a recorded pass reads: the same tensors each time. tokens: each slot's last token.
         self.tokens = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.positions = torch.zeros_like(self.tokens)
-        self.prompt = torch.zeros(1, PIECE, dtype=torch.long, device=self.device)
+        self.prompt = torch.zeros(1, piece, dtype=torch.long, device=self.device)
         self.slot = torch.zeros(1, dtype=torch.long, device=self.device)
         self.launched = None  # the pass before
         self.graphs = {}  # (pass, sizes): (graph, what it returns)
@@ -294,19 +295,18 @@ class FastStep(BatchRunner):
         piece = sequence.prompt_tokens[start:end]
         width = fit(self.widths, len(piece))
         if start in self.starts:
-            width = PIECE  # as it is recorded
+            width = self.piece  # as it is recorded
         width = min(width, self.cache.max_len - start)
         padded = piece + [0] * (width - len(piece))
         self.prompt[0, :width] = upload(padded, self.device)
         self.slot.fill_(sequence.slot)
-        hidden = self.read(width, start)  # [1, width, hidden]
+        hidden = self.prefill_hidden(width, start)  # [1, width, hidden]
         note_prompt(sequence, hidden[0, :len(piece)], self.model.get_output_embeddings())
-        self.tokens[sequence.slot].fill_(piece[-1])
         sequence.position = end
 
-    def read(self, width, start):
+    def prefill_hidden(self, width, start):
         """Hidden states [1, width, hidden] of the piece in `self.prompt`, which begins there."""
-        return self.run(self.read_pass, width, start)
+        return self.run(self.prefill_pass, width, start)
 
     @torch.inference_mode()
     def decode(self, sequences):
@@ -320,16 +320,21 @@ class FastStep(BatchRunner):
 
     def launch(self, sequences):
         count = fit(self.counts, max(s.slot for s in sequences) + 1)
-        span = fit(self.spans, max(s.position for s in sequences))
+        span = fit(self.spans, max(s.position for s in sequences) + 1)
         positions = [self.cache.max_len - 1] * count
         for sequence in sequences:
-            positions[sequence.slot] = sequence.position - 1
+            positions[sequence.slot] = sequence.position
         self.positions[:count] = upload(positions, self.device)
+        # Whose prompt has just been read decodes its last token; the others' is here already.
+        first = [s for s in sequences if s.position == s.prefill_end]
+        if first:
+            slots = upload([s.slot for s in first], self.device)
+            self.tokens[slots] = upload([s.prompt_tokens[-1] for s in first], self.device)
         logits = self.run(self.decode_pass, count, span)
-        resample(self.tokens, logits, sequences, stop_tokens(self.model))
-        logprobs = fetch_logprobs(sequences, [s.slot for s in sequences], logits, self.tokens)
         for sequence in sequences:
             sequence.position += 1
+        resample(self.tokens, logits, sequences, stop_tokens(self.model))
+        logprobs = fetch_logprobs(sequences, [s.slot for s in sequences], logits, self.tokens)
         return Launched(sequences, self.tokens, logprobs)
 
     def decode_pass(self, count, span):
@@ -341,7 +346,7 @@ class FastStep(BatchRunner):
         self.tokens[:count] = logits.argmax(-1)
         return logits
 
-    def read_pass(self, width, start):
+    def prefill_pass(self, width, start):
         """Read `width` tokens of a prompt: hidden states [1, width, hidden].
 
         Those beyond its end write where decoding will.
@@ -363,8 +368,8 @@ class FastStep(BatchRunner):
         memory."""
         found = [(self.decode_pass, count, span)
                  for count in self.counts[::-1] for span in self.spans[::-1]]
-        found += [(self.read_pass, PIECE, start) for start in self.starts[::-1]]
-        found += [(self.read_pass, width, 0) for width in self.widths[::-1]]
+        found += [(self.prefill_pass, self.piece, start) for start in self.starts[::-1]]
+        found += [(self.prefill_pass, width, 0) for width in self.widths[::-1]]
         return found
 
     @torch.inference_mode()

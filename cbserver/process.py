@@ -109,7 +109,7 @@ def build_engine(args, engine_class=None):
         check_context(model, args.max_len)
         return SequentialEngine(model, tokenizer, 1, args.max_len, args.max_waiting)
     check_served(model, BatchRunner)  # or its sizes may not be what they seem
-    batch, max_len = fit_slots(model, args.max_batch, args.max_len)
+    slots, max_len = fit_slots(model, args.max_batch, args.max_len)
     exact = model.dtype == torch.float32
     reuse = exact if args.prefix_reuse is None else args.prefix_reuse
     if reuse and engine_class is ContinuousEngine:
@@ -117,8 +117,12 @@ def build_engine(args, engine_class=None):
     fast = model.device.type == "cuda" if args.fast is None else args.fast
     step = PrefixStep if engine_class is PrefixEngine else FastStep
     runner = functools.partial(step, invariant=args.invariant) if fast else BatchRunner
-    engine = engine_class(model, tokenizer, batch, max_len, args.max_waiting, args.prefill_budget,
-                          runner)
+    if issubclass(engine_class, ContinuousEngine):
+        engine_class = functools.partial(engine_class, prefill_budget=args.prefill_budget)
+    engine = engine_class(model, tokenizer, slots, max_len, args.max_waiting, runner)
+    if isinstance(engine, ContinuousEngine):
+        print(f"While answers stream, a step reads {engine.prefill_budget} prompt tokens at most.",
+              flush=True)
     if not exact and (reuse or not getattr(engine.runner, "invariant", False)):
         print("In half precision an answer may depend on who else is served: the rounding changes "
               "with the batch, and with what is reused.", flush=True)

@@ -67,7 +67,7 @@ class Channel:
 
 
 class Hub:
-    """What the engine takes for an event loop: it sends a step's tokens to those who wait for them.
+    """The engine's outbox: it sends a step's tokens to the processes that wait for them.
 
     places: a semaphore of all processes, a place for each request that may wait. drain: the
     engine's.
@@ -90,7 +90,7 @@ class Hub:
 
     def start(self):
         """Open the engine, and run it in a thread as its own `start` does."""
-        self.engine.open(self)
+        self.engine.open(self.post)
         self.engine.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.engine.thread.start()
         for channel in self.heard:
@@ -121,10 +121,7 @@ class Hub:
         self.send_to_all("closing", reason)
         self.close_engine(reason)
 
-    def is_closed(self):
-        return False
-
-    def call_soon_threadsafe(self, put_all, news):
+    def post(self, news):
         """Send each (sequence, token) to its process; in place of None goes why it ended."""
         parcels = {}
         for sequence, token in news:
@@ -194,10 +191,10 @@ def beside(sequence, token):
     With the first token come its prompt's log-probabilities too.
     """
     first = len(sequence.generated_tokens) == 1
-    if token is None or not (sequence.logprobs or first and sequence.cached_tokens):
+    if token is None or not (sequence.logprobs or first and sequence.num_cached_tokens):
         return ()
     new = sequence.logprobs[:] if first else sequence.logprobs[-1:]  # copies: they are sent later
-    return new, sequence.cached_tokens
+    return new, sequence.num_cached_tokens
 
 
 # In each process for HTTP
@@ -206,7 +203,7 @@ def beside(sequence, token):
 class RemoteEngine:
     """An engine as `create_app` knows it. All of it runs in the event loop, but for `receive`.
 
-    facts: tokenizer, max_batch, max_len, max_waiting and vocab_size of the real one. places: as
+    facts: tokenizer, slots, max_len, max_waiting and vocab_size of the real one. places: as
     Hub's. numbers: the last number of a request, of all processes together. stall_timeout: seconds
     after which the engine's process stands still.
     """
@@ -266,7 +263,7 @@ class RemoteEngine:
 
     def stats(self):
         """Of this process's requests; whether they run or wait is not known here."""
-        return EngineStats(len(self.sequences), 0, self.max_batch, 0, 0, 0)
+        return EngineStats(len(self.sequences), 0, self.slots, 0, 0, 0)
 
     def is_alive(self):
         """Whether the engine's process was heard of lately, and the engine has not ended."""
@@ -333,7 +330,7 @@ class RemoteEngine:
                 continue
             if isinstance(said, int):
                 if more:
-                    logprobs, sequence.cached_tokens = more
+                    logprobs, sequence.num_cached_tokens = more
                     sequence.logprobs += logprobs
                 sequence.generated_tokens.append(said)
                 sequence.queue.put_nowait(said)
@@ -442,7 +439,7 @@ class HttpProcesses:
         places = self.context.Semaphore(engine.max_waiting)
         self.hub = Hub(engine, options.get("model_name", "cbserver"), places, self.drain)
         facts = {name: getattr(engine, name)
-                 for name in ("tokenizer", "max_batch", "max_len", "max_waiting", "gives_logprobs")}
+                 for name in ("tokenizer", "slots", "max_len", "max_waiting", "gives_logprobs")}
         facts["vocab_size"] = engine.model.config.vocab_size
         options["max_viewers"] = max(1, max_viewers // len(listeners))
         options["receive_timeout"] = receive_timeout

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Status', 'PromptTooLong', 'QueueFull', 'EngineStopped', 'check_request', 'Sequence', 'EngineStats', 'Engine',
-           'put_all', 'SequentialEngine']
+           'queues_of', 'put_all', 'SequentialEngine']
 
 # %% ../notebooks/02_sequence_queue.ipynb #c03
 import asyncio
@@ -60,7 +60,7 @@ class Sequence:
     status: Status = Status.WAITING
     slot: int | None = None  # its row of the KV tensor
     position: int = 0  # how many of its tokens have been read
-    cached_tokens: int = 0  # how many of those a slot held already (appendix on prefix reuse)
+    num_cached_tokens: int = 0  # those a slot held already (appendix on prefix reuse)
     finish_reason: str | None = None  # "stop", "length", "abort", "timeout" or "error"
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)  # its client's tokens, then None
     arrival_time: float = field(default_factory=time.perf_counter)
@@ -69,8 +69,13 @@ class Sequence:
     logprobs: list = field(default_factory=list)  # how likely each was, if its client asks
 
     @property
+    def prefill_end(self):
+        """Where prefill ends: the prompt's last token is left to the first decode step."""
+        return len(self.prompt_tokens) - 1
+
+    @property
     def last_token(self):
-        """The token that the model reads next, once the prompt is read."""
+        """The newest token: a decode step reads it."""
         tokens = self.generated_tokens or self.prompt_tokens
         return tokens[-1]
 
@@ -103,38 +108,38 @@ class EngineStats(NamedTuple):
     waiting: int
     slots: int
     steps: int
-    prompt_tokens: int
-    generated_tokens: int
-    cached_tokens: int = 0  # of the prompts: what a slot held already (appendix on prefix reuse)
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_cached_tokens: int = 0  # of the prompts: what a slot held already (prefix reuse)
 
 
 class Engine:
     """The base of all engines: a waiting queue, a thread that steps, a stream for each request.
 
-    A subclass brings `step()`: one turn with the model, called while a sequence waits or runs.
+    A subclass brings `step()`: work with the model, called while a sequence waits or runs.
 
-    max_batch: sequences served at once. max_len: prompt and generated tokens of one sequence.
+    slots: sequences served at once. max_len: prompt and generated tokens of one sequence.
     max_waiting: requests that may wait; one more raises QueueFull.
     """
 
     gives_logprobs = True  # it can tell how likely each token was
 
-    def __init__(self, model, tokenizer, max_batch=1, max_len=None, max_waiting=256):
+    def __init__(self, model, tokenizer, slots=1, max_len=None, max_waiting=256):
         self.model = model
         self.tokenizer = tokenizer
         self.eos = stop_tokens(model)
-        self.max_batch = max_batch
+        self.slots = slots
         self.max_len = min(max_len or 2048, context_of(model))
         self.max_waiting = max_waiting
         self.waiting = deque()
         self.running = []
-        self.lock = threading.Condition()  # its holder may take it again
-        self.loop = None
+        self.lock = threading.Condition()  # re-entrant: `close` holds it and calls `abort`
+        self.outbox = None
         self.thread = None
         self.stopping = True
         self.steps = 0
-        self.prompt_tokens = 0
-        self.generated_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
 
     # Called in the event loop
 
@@ -159,18 +164,20 @@ class Engine:
             if sequence.status is Status.WAITING:
                 self.waiting.remove(sequence)
             sequence.finish(reason)
-            self.send([(sequence, None)])
+            self.outbox([(sequence, None)])
 
-    def open(self, loop):
-        """Take requests; their tokens will go to this event loop."""
+    def open(self, outbox):
+        """Take requests. outbox: a function that is given the news of each step, a list of
+        (sequence, token), with None in place of a token when the sequence has ended.
+        """
         if self.thread is not None and self.thread.is_alive():
             raise RuntimeError("this engine runs already; a second thread would share its cache")
-        self.loop = loop
+        self.outbox = outbox
         self.stopping = False
 
     async def start(self):
-        """Open to the running event loop, and start the engine's thread."""
-        self.open(asyncio.get_running_loop())
+        """Open, with news for the sequences' own queues, and start the engine's thread."""
+        self.open(queues_of(asyncio.get_running_loop()))
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
@@ -190,8 +197,8 @@ class Engine:
 
     def stats(self):
         running = sum(s.status is Status.RUNNING for s in self.running)
-        return EngineStats(running, len(self.waiting), self.max_batch, self.steps,
-                           self.prompt_tokens, self.generated_tokens)
+        return EngineStats(running, len(self.waiting), self.slots, self.steps,
+                           self.num_prompt_tokens, self.num_generated_tokens)
 
     # Called in the engine's thread
 
@@ -219,7 +226,7 @@ class Engine:
             sequence.slot = slot
             sequence.admission_time = time.perf_counter()
             self.running.append(sequence)
-            self.prompt_tokens += len(sequence.prompt_tokens)
+            self.num_prompt_tokens += len(sequence.prompt_tokens)
             return sequence
 
     def deliver(self, pairs):
@@ -230,16 +237,21 @@ class Engine:
                 if sequence.status is not Status.RUNNING:
                     continue
                 sequence.append(token, self.eos)
-                self.generated_tokens += 1
+                self.num_generated_tokens += 1
                 news.append((sequence, token))
                 if sequence.status is Status.FINISHED:
                     news.append((sequence, None))
-            self.send(news)
+            if news:
+                self.outbox(news)
 
-    def send(self, news):
-        """Put each (sequence, token) on the sequence's queue, in one hop to the event loop."""
-        if news and not self.loop.is_closed():  # closed: nobody reads any more
-            self.loop.call_soon_threadsafe(put_all, news)
+
+def queues_of(loop):
+    """The outbox that puts each token on its sequence's own queue, in one hop to the event loop."""
+    def outbox(news):
+        if not loop.is_closed():  # closed: nobody reads any more
+            loop.call_soon_threadsafe(put_all, news)
+
+    return outbox
 
 
 def put_all(news):

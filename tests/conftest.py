@@ -19,23 +19,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LONGEST = 48  # tokens that a reference holds
 
 
-class Instant:
-    """An event loop's stand-in, so that a test can step an engine; `after` runs at each hop."""
-
-    def __init__(self, after=lambda: None):
-        self.after = after
-
-    def call_soon_threadsafe(self, callback, *arguments):
-        callback(*arguments)
-        self.after()
-
-    def is_closed(self):
-        return False
-
-
 def by_hand(engine, after=lambda: None):
-    """An engine that runs only when the test calls `step()`."""
-    engine.open(Instant(after))
+    """An engine that runs only when the test calls `step()`; `after` runs after each delivery."""
+    from cbserver.sequence import put_all
+
+    def outbox(news):
+        put_all(news)
+        after()
+
+    engine.open(outbox)
     return engine
 
 

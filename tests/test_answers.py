@@ -87,7 +87,7 @@ def test_a_model_may_be_called_as_the_place_for_text_in_a_chunk(tiny):
 
 
 def test_a_full_queue_refuses_all_answers_of_a_request(tiny, served):
-    engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=3)
+    engine = ContinuousEngine(*tiny, slots=1, max_waiting=3)
     with held(engine) as go_on, served(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
@@ -109,7 +109,7 @@ def test_a_full_queue_refuses_all_answers_of_a_request(tiny, served):
 
 
 def test_answers_that_were_refused_together_count_nowhere(tiny, served):
-    engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=3)
+    engine = ContinuousEngine(*tiny, slots=1, max_waiting=3)
     with held(engine) as go_on, served(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
@@ -132,31 +132,31 @@ def test_answers_that_were_refused_together_count_nowhere(tiny, served):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_the_slots_of_all_its_answers(tiny, stream, served):
-    engine = ContinuousEngine(*tiny, max_batch=3)
+    engine = ContinuousEngine(*tiny, slots=3)
     with served(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
                 body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 2000, "ignore_eos": True,
                         "stream": stream}
                 task = asyncio.create_task(session.post("/v1/completions", json=body))
-                while engine.stats().generated_tokens < 9 and not task.done():
+                while engine.stats().num_generated_tokens < 9 and not task.done():
                     await asyncio.sleep(0.01)
                 task.cancel()
 
         asyncio.run(main())
         until(lambda: engine.stats().running == engine.stats().waiting == 0)
-        assert engine.stats().generated_tokens < 8000, "they were ended early"
+        assert engine.stats().num_generated_tokens < 8000, "they were ended early"
         assert post(url, n=3).status_code == 200
 
 
 def test_a_client_that_leaves_a_whole_answer_is_aborted_and_not_refused(tiny, served):
-    engine = ContinuousEngine(*tiny, max_batch=1)
+    engine = ContinuousEngine(*tiny, slots=1)
     with held(engine, after=3) as go_on, served(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
                 body = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
                 task = asyncio.create_task(session.post("/v1/completions", json=body))
-                while engine.stats().generated_tokens < 2 and not task.done():
+                while engine.stats().num_generated_tokens < 2 and not task.done():
                     await asyncio.sleep(0.01)
                 task.cancel()
 
@@ -169,13 +169,13 @@ def test_a_client_that_leaves_a_whole_answer_is_aborted_and_not_refused(tiny, se
 
 
 def test_whoever_waits_when_the_server_shuts_down_is_told(tiny):
-    engine = ContinuousEngine(*tiny, max_batch=1)
+    engine = ContinuousEngine(*tiny, slots=1)
     with serving(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
                 body = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
                 task = asyncio.create_task(session.post("/v1/completions", json=body))
-                while engine.stats().generated_tokens < 2 and not task.done():
+                while engine.stats().num_generated_tokens < 2 and not task.done():
                     await asyncio.sleep(0.01)
                 engine.close("abort")
                 return await task

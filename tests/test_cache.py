@@ -26,7 +26,7 @@ def test_a_decode_pass_reads_views_of_the_cache_and_no_copies(runner, tiny, monk
 
     if runner is FastStep and ON_GPU:
         pytest.skip("there the kernel reads the cache itself")
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=4, max_len=96, runner=runner))
+    engine = by_hand(ContinuousEngine(*tiny, slots=4, max_len=96, runner=runner))
     cache = engine.runner.cache
     monkeypatch.setattr(SlotCache, "update", noted)
     for i in range(3):
@@ -44,7 +44,7 @@ def test_a_decode_pass_reads_views_of_the_cache_and_no_copies(runner, tiny, monk
 def test_memory_is_taken_as_it_is_used(tiny):
     process = psutil.Process()
     before = process.memory_info().rss
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=512))
+    engine = by_hand(ContinuousEngine(*tiny, slots=512))
     cache = engine.runner.cache
     engine.submit(prompt(1, 40), SamplingParams(8, ignore_eos=True))
     while engine.waiting or engine.running:

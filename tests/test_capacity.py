@@ -61,7 +61,7 @@ def test_every_token_comes_in_the_same_step_as_in_the_real_engine(tiny, data):
                                 max_size=12))
     arrivals = data.draw(st.lists(st.integers(0, 20), unique=True, min_size=len(wanted),
                                   max_size=len(wanted)))  # the first of two would start a step
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=slots, max_len=128, prefill_budget=budget))
+    engine = by_hand(ContinuousEngine(*tiny, slots=slots, max_len=128, prefill_budget=budget))
     real = turns(engine, arrivals, wanted)
     run = simulate(UNIT, wanted, len(wanted), len(wanted), slots=slots, budget=budget,
                    thinks=lambda i: float(arrivals[i]))
@@ -164,7 +164,7 @@ def test_thinking_is_the_same_for_the_real_crowd_and_the_simulated():
 
 def test_the_noted_engine_notes_every_step(tiny):
     log = []
-    engine = by_hand(NotedEngine(*tiny, max_batch=2, max_len=64, log=log))
+    engine = by_hand(NotedEngine(*tiny, slots=2, max_len=64, log=log))
     engine.submit(prompt(1, 9), SamplingParams(3, ignore_eos=True))
     for _ in range(3):
         engine.step()

@@ -60,7 +60,7 @@ def values(text):
 
 @pytest.mark.slow
 def test_chaos_leaves_nothing_behind_and_every_total_exact(tiny, reference, served):
-    engine = ContinuousEngine(*tiny, max_batch=8, max_waiting=60, max_len=128)
+    engine = ContinuousEngine(*tiny, slots=8, max_waiting=60, max_len=128)
     submit, accepted = engine.submit, []
 
     def remember(*args):

@@ -111,7 +111,7 @@ def test_a_wrong_key_is_an_authentication_error(url):
 
 def test_overload_is_a_rate_limit_error_and_a_fault_an_internal_one(tiny, monkeypatch):
     monkeypatch.setattr("threading.excepthook", lambda args: None)  # the traceback is expected
-    engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=1)
+    engine = ContinuousEngine(*tiny, slots=1, max_waiting=1)
     with held(engine) as go_on, serving(engine, model_name="tiny") as url:
         async def main():
             async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-",

@@ -176,9 +176,9 @@ def test_a_client_that_pipelines_and_leaves_frees_its_slot_too(tiny, requests, c
     with shipped(engine) as url:
         with connected(url) as connection:
             connection.sendall(one * requests)
-            until(lambda: engine.stats().generated_tokens > 3)
+            until(lambda: engine.stats().num_generated_tokens > 3)
         until(lambda: engine.stats().running == 0)
-    assert engine.stats().generated_tokens < 1900
+    assert engine.stats().num_generated_tokens < 1900
     assert not [record for record in caplog.records if record.exc_info]
 
 

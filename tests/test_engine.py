@@ -34,12 +34,12 @@ def test_many_requests_in_flight_each_receive_their_own_tokens(engine_class, tin
     outputs, stats = asyncio.run(main())
     assert outputs == [reference(prompt(i, 3 + i), 5 + i % 9) for i in range(12)]
     assert stats.running == stats.waiting == 0
-    assert stats.generated_tokens == sum(map(len, outputs))
-    assert stats.prompt_tokens == sum(3 + i for i in range(12))
+    assert stats.num_generated_tokens == sum(map(len, outputs))
+    assert stats.num_prompt_tokens == sum(3 + i for i in range(12))
 
 
 def test_a_cancelled_request_frees_its_slot_by_the_next_step(tiny):
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=1))
+    engine = by_hand(ContinuousEngine(*tiny, slots=1))
     first, second = (engine.submit(prompt(i, 5), FOREVER) for i in (1, 2))
     engine.step()
     assert first.status is Status.RUNNING and second.status is Status.WAITING
@@ -50,7 +50,7 @@ def test_a_cancelled_request_frees_its_slot_by_the_next_step(tiny):
 
 
 def test_a_client_that_leaves_during_its_prefill_harms_nobody(tiny, reference):
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=2))
+    engine = by_hand(ContinuousEngine(*tiny, slots=2))
     prefill = engine.runner.prefill
 
     def abort_meanwhile(sequence, end):
@@ -69,7 +69,7 @@ def test_a_client_that_leaves_during_its_prefill_harms_nobody(tiny, reference):
 
 
 def test_a_cancelled_waiting_request_never_runs(tiny):
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=1))
+    engine = by_hand(ContinuousEngine(*tiny, slots=1))
     sequences = [engine.submit(prompt(i, 5), SamplingParams(4, ignore_eos=True)) for i in range(3)]
     engine.abort(sequences[1])
     while engine.waiting or engine.running:
@@ -80,7 +80,7 @@ def test_a_cancelled_waiting_request_never_runs(tiny):
 
 
 def test_slots_are_refilled_on_the_step_after_they_fall_free(tiny):
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=2))
+    engine = by_hand(ContinuousEngine(*tiny, slots=2))
     short, long, next_one = (engine.submit(prompt(i, 5), SamplingParams(n, ignore_eos=True))
                              for i, n in ((1, 3), (2, 30), (3, 3)))
     while short.status is not Status.FINISHED:
@@ -91,7 +91,7 @@ def test_slots_are_refilled_on_the_step_after_they_fall_free(tiny):
 
 
 def test_static_batching_makes_the_next_wait_for_the_longest(tiny):
-    engine = by_hand(StaticEngine(*tiny, max_batch=2))
+    engine = by_hand(StaticEngine(*tiny, slots=2))
     sequences = [engine.submit(prompt(i, 5), SamplingParams(n, ignore_eos=True))
                  for i, n in ((1, 3), (2, 30), (3, 3))]
     while sequences[1].status is not Status.FINISHED:
@@ -103,7 +103,7 @@ def test_static_batching_makes_the_next_wait_for_the_longest(tiny):
 
 
 def test_a_turn_reads_no_more_prompt_tokens_than_the_budget(tiny, reference):
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=8, prefill_budget=25))
+    engine = by_hand(ContinuousEngine(*tiny, slots=8, prefill_budget=25))
     lengths = [20, 60, 20]  # the second is longer than the budget: it is read in pieces
     sequences = [engine.submit(prompt(i, n), SamplingParams(9, ignore_eos=True))
                  for i, n in enumerate(lengths)]
@@ -141,7 +141,7 @@ def test_what_cannot_be_served_is_refused_with_the_limit_in_the_message(engine_c
 @ALL
 def test_stop_with_drain_finishes_and_without_drain_aborts(engine_class, tiny):
     async def main(drain):
-        engine = engine_class(*tiny, max_batch=2)
+        engine = engine_class(*tiny, slots=2)
         await engine.start()
         sequences = [engine.submit(prompt(i, 5), FOREVER) for i in range(5)]
         tasks = [asyncio.create_task(collect(s)) for s in sequences]
@@ -161,7 +161,7 @@ def test_when_a_step_raises_every_waiter_gets_an_error(engine_class, tiny, monke
     monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the traceback is expected
 
     async def main():
-        engine = engine_class(*tiny, max_batch=2)
+        engine = engine_class(*tiny, slots=2)
         engine.step = lambda: 1 / 0
         await engine.start()
         outcomes = []

@@ -50,9 +50,17 @@ def run(engine_class, tiny, schedule, runner="plain", prefill_budget=512):
     """Play a schedule, one tick a forward pass; returns [(request, sequence)] and the engine."""
     clock = [0]
     started = []
+    aborting = []  # an abort is delivered, too: no tick for that
     arrivals = sorted(schedule, key=lambda r: r["arrival"])
-    engine = by_hand(engine_class(*tiny, max_batch=3, max_len=96, prefill_budget=prefill_budget,
-                                  runner=functools.partial(shared, runner)))
+
+    def runner_of(*arguments):
+        made = shared(runner, *arguments)
+        made.piece = min(64, prefill_budget)
+        return made
+
+    options = {"prefill_budget": prefill_budget} if engine_class is not StaticEngine else {}
+    engine = by_hand(engine_class(*tiny, slots=3, max_len=96, runner=runner_of, **options),
+                     after=lambda: aborting or tick())
     engine.eos = ENDS
 
     def tick():
@@ -67,11 +75,10 @@ def run(engine_class, tiny, schedule, runner="plain", prefill_budget=512):
 
     def cancel(sequence):
         if sequence.status is not Status.FINISHED:
-            engine.loop.after = lambda: None  # abort hops to the loop as well: no tick for that
+            aborting.append(sequence)
             engine.abort(sequence)
-            engine.loop.after = tick
+            aborting.pop()
 
-    engine.loop.after = tick
     for _ in range(2000):
         if not (arrivals or engine.waiting or engine.running):
             break
@@ -106,7 +113,7 @@ def check(engine_class, tiny, reference, schedule, runner="plain", prefill_budge
                                               else "stop")
     stats = engine.stats()
     assert stats.running == stats.waiting == 0 and not engine.running
-    assert stats.generated_tokens == sum(len(s.generated_tokens) for _, s in played)
+    assert stats.num_generated_tokens == sum(len(s.generated_tokens) for _, s in played)
 
 
 @engines
@@ -170,7 +177,7 @@ def test_the_exactness_check_fails_when_rotary_positions_are_wrong(engine_class,
 
 
 def test_a_new_sequence_sees_nothing_of_the_slots_last_owner(tiny, reference):
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=1, max_len=96))
+    engine = by_hand(ContinuousEngine(*tiny, slots=1, max_len=96))
     for seed, length in ((1, 40), (2, 3), (3, 17), (1, 40)):
         sequence = engine.submit(prompt(seed, length), SamplingParams(20, ignore_eos=True))
         while sequence.status is not Status.FINISHED:
@@ -180,7 +187,7 @@ def test_a_new_sequence_sees_nothing_of_the_slots_last_owner(tiny, reference):
 
 
 def test_garbage_left_in_every_slot_changes_nothing(tiny, reference):
-    engine = by_hand(ContinuousEngine(*tiny, max_batch=2, max_len=96))
+    engine = by_hand(ContinuousEngine(*tiny, slots=2, max_len=96))
     engine.runner.cache.keys.normal_(std=50)
     engine.runner.cache.values.normal_(std=50)
     sequence = engine.submit(prompt(5, 9), SamplingParams(20, ignore_eos=True))
@@ -241,7 +248,7 @@ def test_the_tiny_model_is_sensitive_so_that_these_tests_can_fail(tiny, referenc
 @pytest.mark.parametrize("runner", ["plain", "fast"])
 def test_sampling_with_a_seed_is_the_same_whatever_else_is_in_the_batch(runner, tiny):
     def sampled(neighbours):
-        engine = by_hand(ContinuousEngine(*tiny, max_batch=4, runner=RUNNERS[runner]))
+        engine = by_hand(ContinuousEngine(*tiny, slots=4, runner=RUNNERS[runner]))
         for seed in range(neighbours):
             engine.submit(prompt(seed, 10 + seed), SamplingParams(30, temperature=1.3, seed=seed))
         params = SamplingParams(16, temperature=0.9, top_p=0.95, seed=42, ignore_eos=True)
@@ -264,7 +271,7 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy(tiny, reference):
 
 
 def test_a_random_qwen3_is_exact_too(tiny, qwen3):
-    engine = by_hand(ContinuousEngine(qwen3, tiny[1], max_batch=3, max_len=64))
+    engine = by_hand(ContinuousEngine(qwen3, tiny[1], slots=3, max_len=64))
     sequences = [engine.submit(prompt(i, 5 + 4 * i), SamplingParams(12)) for i in range(6)]
     while engine.waiting or engine.running:
         engine.step()
@@ -275,7 +282,7 @@ def test_a_random_qwen3_is_exact_too(tiny, qwen3):
 
 def test_smollm2_in_changing_batches_equals_generate():
     model, tokenizer = load_model("smollm2", device="cpu")
-    engine = by_hand(ContinuousEngine(model, tokenizer, max_batch=3, max_len=128))
+    engine = by_hand(ContinuousEngine(model, tokenizer, slots=3, max_len=128))
     texts = ["The capital of France is", "Once upon a time", "def add(a, b):", "Water boils at",
              "The three primary colours are red, yellow and"]
     sequences = [engine.submit(tokenizer(text)["input_ids"], SamplingParams(6 + 4 * i))

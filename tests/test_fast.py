@@ -16,7 +16,7 @@ from cbserver.scheduler import ContinuousEngine
 
 
 def run(model, tokenizer, count=5, tokens=10, **options):
-    engine = by_hand(ContinuousEngine(model, tokenizer, max_batch=3, max_len=96, runner=FastStep,
+    engine = by_hand(ContinuousEngine(model, tokenizer, slots=3, max_len=96, runner=FastStep,
                                       **options))
     sequences = [engine.submit(prompt(i, 4 + 9 * i), SamplingParams(tokens, ignore_eos=True))
                  for i in range(count)]

@@ -66,7 +66,7 @@ def as_with_the_kernel():
 def play(tiny, schedule, engine_class=ContinuousEngine, slots=9, invariant=None):
     """[(sequence, sizes of its passes)] of a schedule, in the order of its requests."""
     runner = functools.partial(Noted, invariant=invariant)
-    engine = by_hand(engine_class(*tiny, max_batch=slots, max_len=96, prefill_budget=24,
+    engine = by_hand(engine_class(*tiny, slots=slots, max_len=96, prefill_budget=24,
                                   runner=runner))
     waiting = sorted(schedule, key=lambda r: r["arrival"])
     started = []

@@ -83,7 +83,7 @@ def test_they_are_those_of_a_forward_pass_whoever_else_is_served(engine_class, r
     @settings(max_examples=15, deadline=None)
     @given(st.lists(requests, min_size=1, max_size=6), st.sampled_from([512, 6]))
     def holds(wishes, budget):
-        engine = engine_class(*tiny, max_batch=3, max_len=96, prefill_budget=budget, runner=shared)
+        engine = engine_class(*tiny, slots=3, max_len=96, prefill_budget=budget, runner=shared)
         for sequence in play(engine, wishes):
             check(sequence, tiny[0])
 
@@ -96,7 +96,7 @@ def test_they_are_the_same_alone_and_in_company_to_rounding(runner, tiny):
     others = [dict(wish, seed=i, length=5 + i, temperature=1.0) for i in range(5)]
 
     def logprobs(wishes):
-        engine = ContinuousEngine(*tiny, max_batch=8, max_len=96, runner=RUNNERS[runner])
+        engine = ContinuousEngine(*tiny, slots=8, max_len=96, runner=RUNNERS[runner])
         return [entry.logprob for entry in play(engine, wishes)[0].logprobs[1:28]]
 
     assert logprobs([wish, *others]) == pytest.approx(logprobs([wish]), abs=1e-5)

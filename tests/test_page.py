@@ -38,7 +38,7 @@ def snapshots(engine, wanted):
 
 
 def test_a_snapshot_tells_prefill_and_decode_apart_and_counts(tiny):
-    seen = snapshots(ContinuousEngine(*tiny, max_batch=2, max_len=64, prefill_budget=8),
+    seen = snapshots(ContinuousEngine(*tiny, slots=2, max_len=64, prefill_budget=8),
                      [(20, 3), (4, 2), (6, 1)])
     assert seen[0]["slots"] == [None, None] and seen[0]["waiting"] == 3 and seen[0]["kv"] == 0
     assert seen[1]["slots"][0] == [1, 0, 8, 20, 0, 3], "8 of 20 prompt tokens are read"
@@ -53,7 +53,7 @@ def test_a_snapshot_tells_prefill_and_decode_apart_and_counts(tiny):
 
 
 def test_a_static_batch_shows_who_is_done_and_waits_for_the_others(tiny):
-    seen = snapshots(StaticEngine(*tiny, max_batch=2, max_len=64), [(4, 1), (4, 8)])
+    seen = snapshots(StaticEngine(*tiny, slots=2, max_len=64), [(4, 1), (4, 8)])
     assert [2 in (slot[1] for slot in s["slots"] if slot) for s in seen].count(True) >= 6
 
 
@@ -91,7 +91,7 @@ def test_viewers_share_a_snapshot_and_it_is_made_at_most_once_an_interval(tiny):
 
 
 def test_the_feed_says_nothing_of_what_is_asked_and_answered(tiny):
-    engine = ContinuousEngine(*tiny, max_batch=2, max_len=256)
+    engine = ContinuousEngine(*tiny, slots=2, max_len=256)
     with serving(engine) as url, held(engine, after=3):
         body = {"prompt": "my secret is a parrot", "max_tokens": 50, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -175,7 +175,7 @@ GREEDY = """(() => { const plain = fetch; window.fetch = (where, how) => {
 @chromium
 @pytest.mark.timeout(180)
 def test_in_a_browser_slots_fill_and_empty_and_the_answer_arrives(tiny):
-    engine = ContinuousEngine(*tiny, max_batch=4, max_len=2000)
+    engine = ContinuousEngine(*tiny, slots=4, max_len=2000)
     with serving(engine, model_name="tiny") as url, browser.Browser() as tab:
         tab.open(url)
         tab.until("document.querySelector('#about').textContent.includes('4 slots')")
@@ -207,7 +207,7 @@ def test_in_a_browser_slots_fill_and_empty_and_the_answer_arrives(tiny):
 @chromium
 @pytest.mark.timeout(180)
 def test_in_a_browser_the_key_is_asked_for_and_a_link_can_carry_it(tiny):
-    engine = ContinuousEngine(*tiny, max_batch=2, max_len=256)
+    engine = ContinuousEngine(*tiny, slots=2, max_len=256)
     with serving(engine, api_key="sesame") as url, browser.Browser() as tab:
         tab.open(url)
         tab.until("document.activeElement.id === 'key'")
@@ -231,7 +231,7 @@ def test_in_a_browser_the_key_is_asked_for_and_a_link_can_carry_it(tiny):
 @chromium
 @pytest.mark.timeout(180)
 def test_in_a_browser_it_fits_a_phone_has_two_palettes_and_works_by_keyboard(tiny):
-    engine = ContinuousEngine(*tiny, max_batch=16, max_len=256)
+    engine = ContinuousEngine(*tiny, slots=16, max_len=256)
     with serving(engine, model_name="tiny") as url, browser.Browser(360, 740) as tab:
         tab.open(url)
         tab.until("document.querySelectorAll('#rows tr').length === 16")

@@ -45,7 +45,7 @@ def runner(kind, model, slots, max_len):
 
 
 def make(tiny, kind="plain", slots=3, budget=512, engine_class=PrefixEngine):
-    engine = by_hand(engine_class(*tiny, max_batch=slots, max_len=96, prefill_budget=budget,
+    engine = by_hand(engine_class(*tiny, slots=slots, max_len=96, prefill_budget=budget,
                                   runner=functools.partial(runner, kind)))
     engine.eos = ENDS
     return engine
@@ -134,10 +134,10 @@ def talk(engine, turns=3, system=SYSTEM):
 
 def test_a_conversation_reads_only_what_is_new(tiny, reference):
     first, second, third = talk(make(tiny))
-    assert first.cached_tokens == 0
+    assert first.num_cached_tokens == 0
     # All but the last answer's newest token, which nobody has read yet.
-    assert second.cached_tokens == len(first.prompt_tokens) + 7
-    assert third.cached_tokens == len(second.prompt_tokens) + 7
+    assert second.num_cached_tokens == len(first.prompt_tokens) + 7
+    assert third.num_cached_tokens == len(second.prompt_tokens) + 7
     assert third.slot == second.slot == first.slot == 0
     assert third.generated_tokens == reference(third.prompt_tokens, 8)
 
@@ -145,8 +145,8 @@ def test_a_conversation_reads_only_what_is_new(tiny, reference):
 def test_users_who_arrive_together_read_their_system_prompt_once(tiny, reference):
     engine = make(tiny, budget=25)
     users = serve(engine, *[SYSTEM + prompt(seed, 6) for seed in range(3)])
-    assert [user.cached_tokens for user in users] == [0, 40, 40]
-    assert engine.stats().cached_tokens == 80
+    assert [user.num_cached_tokens for user in users] == [0, 40, 40]
+    assert engine.stats().num_cached_tokens == 80
     for user in users:
         assert user.generated_tokens == reference(user.prompt_tokens, 8)
 
@@ -155,9 +155,9 @@ def test_a_newcomer_does_not_cost_a_conversation_its_slot_while_others_are_older
     engine = make(tiny)
     [first, second] = talk(engine, 2)
     [other] = serve(engine, SYSTEM + prompt(7, 6))  # it shares the system prompt
-    assert other.cached_tokens == 40
+    assert other.num_cached_tokens == 40
     [third] = serve(engine, second.prompt_tokens + second.generated_tokens + [1, 2])
-    assert third.cached_tokens == len(second.prompt_tokens) + 7
+    assert third.num_cached_tokens == len(second.prompt_tokens) + 7
 
 
 def test_the_least_recently_used_is_given_up(tiny):
@@ -165,8 +165,8 @@ def test_the_least_recently_used_is_given_up(tiny):
     texts = [prompt(seed, 20) for seed in range(4)]
     for text in texts:  # the fourth one takes the place of the first
         serve(engine, text)
-    found = [serve(engine, text + [1, 2])[0].cached_tokens for text in (texts[1], texts[3])]
-    assert found == [20 + 0, 20 + 0] and serve(engine, texts[0] + [1])[0].cached_tokens == 0
+    found = [serve(engine, text + [1, 2])[0].num_cached_tokens for text in (texts[1], texts[3])]
+    assert found == [20 + 0, 20 + 0] and serve(engine, texts[0] + [1])[0].num_cached_tokens == 0
 
 
 def test_one_user_alone_stays_in_the_lowest_slot(tiny):
@@ -181,7 +181,7 @@ def test_the_same_prompt_again_reads_its_last_token_only(tiny, reference):
     texts = [prompt(3, 30)] * 2
     [once] = serve(engine, texts[0])
     [again] = serve(engine, texts[1])
-    assert again.cached_tokens == 29
+    assert again.num_cached_tokens == 29
     assert again.generated_tokens == once.generated_tokens == reference(texts[0], 8)
 
 
@@ -190,9 +190,9 @@ def test_a_prompt_whose_tokens_are_asked_about_is_read_whole(tiny):
     text = prompt(3, 30)
     serve(engine, text)
     [asked] = serve(engine, text, echo=True, logprobs=1)
-    assert asked.cached_tokens == 0 and len(asked.logprobs) == 30 + 8
+    assert asked.num_cached_tokens == 0 and len(asked.logprobs) == 30 + 8
     [chosen] = serve(engine, text, logprobs=1)
-    assert chosen.cached_tokens == 29 and len(chosen.logprobs) == 8
+    assert chosen.num_cached_tokens == 29 and len(chosen.logprobs) == 8
 
 
 def test_who_leaves_before_its_prompt_is_read_leaves_what_it_read(tiny, reference):
@@ -202,7 +202,7 @@ def test_who_leaves_before_its_prompt_is_read_leaves_what_it_read(tiny, referenc
     engine.step()
     engine.abort(gone)
     [next_one] = serve(engine, SYSTEM + [1])
-    assert next_one.cached_tokens == 12
+    assert next_one.num_cached_tokens == 12
     assert next_one.generated_tokens == reference(SYSTEM + [1], 8)
 
 
@@ -215,7 +215,7 @@ def test_who_leaves_before_anything_is_read_costs_nobody_their_conversation(tiny
     engine.abort(gone)
     serve(engine, prompt(7, 20))
     again = [serve(engine, family + [1])[0] for family in FAMILIES[:2]]
-    assert [sequence.cached_tokens for sequence in again] == [40, 40]
+    assert [sequence.num_cached_tokens for sequence in again] == [40, 40]
 
 
 def test_who_comes_again_after_half_its_prompt_was_read_takes_that_half_over(tiny):
@@ -228,7 +228,7 @@ def test_who_comes_again_after_half_its_prompt_was_read_takes_that_half_over(tin
     serve(engine, prompt(7, 20))
     serve(engine, FAMILIES[1])
     [again] = serve(engine, FAMILIES[0] + [1])
-    assert again.cached_tokens == 40
+    assert again.num_cached_tokens == 40
 
 
 def test_nobody_searches_when_most_of_a_turns_budget_is_spent(tiny):
@@ -236,9 +236,9 @@ def test_nobody_searches_when_most_of_a_turns_budget_is_spent(tiny):
     serve(engine, SYSTEM)
     late = Sequence(SYSTEM + [1], slot=1)
     assert engine.read(late, left=2) == 0
-    assert late.cached_tokens == 0
+    assert late.num_cached_tokens == 0
     assert engine.read(late, left=3) == 1
-    assert late.cached_tokens == 40
+    assert late.num_cached_tokens == 40
 
 
 def test_the_lesson_tells_what_was_measured_on_a_gpu():
@@ -254,7 +254,7 @@ def test_the_lesson_tells_what_was_measured_on_a_gpu():
 
 
 def test_two_past_sequences_of_many_tokens_change_places_whole(tiny):
-    engine = by_hand(PrefixEngine(*tiny, max_batch=2, max_len=1600))
+    engine = by_hand(PrefixEngine(*tiny, slots=2, max_len=1600))
     cache = engine.runner.cache
     cache.keys.normal_()
     cache.values.normal_()
@@ -289,7 +289,7 @@ def caught(tiny, reference, engine_class=PrefixEngine, kind=None):
 
 def test_without_a_bug_the_busy_schedule_is_right_and_reuses(tiny, reference):
     sequences = check(make(tiny), reference, BUSY)
-    assert sum(s.cached_tokens > 0 for s in sequences) >= 6
+    assert sum(s.num_cached_tokens > 0 for s in sequences) >= 6
     assert not caught(tiny, reference)
 
 
@@ -352,7 +352,7 @@ def test_an_idle_row_that_writes_into_a_kept_slot_is_noticed(tiny, reference):
 @pytest.fixture(scope="module", params=["a thread", "processes"])
 def url(request, tiny):
     way = serving if request.param == "a thread" else serving_in_processes
-    with way(PrefixEngine(*tiny, max_batch=3, max_len=512)) as url:
+    with way(PrefixEngine(*tiny, slots=3, max_len=512)) as url:
         yield url
 
 

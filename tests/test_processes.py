@@ -34,7 +34,7 @@ def test_the_requests_of_all_processes_are_numbered_and_counted_in_one_row(tiny)
 
 
 def test_the_live_page_of_any_process_shows_the_batch_of_all(tiny):
-    with serving_in_processes(ContinuousEngine(*tiny, max_batch=2), model_name="tiny") as url:
+    with serving_in_processes(ContinuousEngine(*tiny, slots=2), model_name="tiny") as url:
         for _ in range(6):
             with httpx.stream("GET", f"{url}/events", timeout=60) as events:
                 line = next(events.iter_lines())

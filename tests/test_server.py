@@ -185,7 +185,7 @@ def test_a_key_is_required_where_there_is_one(tiny, served):
 
 
 def test_a_full_queue_is_a_429_with_retry_after(tiny, served):
-    engine = ContinuousEngine(*tiny, max_batch=1, max_waiting=1)
+    engine = ContinuousEngine(*tiny, slots=1, max_waiting=1)
     # Nobody is admitted before the queue is full.
     with held(engine) as go_on, served(engine) as url:
         async def main():
@@ -206,13 +206,13 @@ def test_a_full_queue_is_a_429_with_retry_after(tiny, served):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slot(tiny, stream, served):
-    engine = ContinuousEngine(*tiny, max_batch=1)
+    engine = ContinuousEngine(*tiny, slots=1)
     with served(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
                 body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": stream}
                 task = asyncio.create_task(session.post("/v1/completions", json=body))
-                while engine.stats().generated_tokens < 3 and not task.done():
+                while engine.stats().num_generated_tokens < 3 and not task.done():
                     await asyncio.sleep(0.01)
                 task.cancel()
             for _ in range(1000):
@@ -222,7 +222,7 @@ def test_a_client_that_leaves_frees_its_slot(tiny, stream, served):
 
         asyncio.run(main())
         assert engine.stats().running == 0
-        assert engine.stats().generated_tokens < 2000, "it was ended early"
+        assert engine.stats().num_generated_tokens < 2000, "it was ended early"
         assert post(url).status_code == 200
 
 
@@ -261,7 +261,7 @@ def test_a_fault_before_the_first_token_is_a_500(tiny, monkeypatch, served):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_misses_its_deadline_is_ended(tiny, stream, served):
-    engine = ContinuousEngine(*tiny, max_batch=1)
+    engine = ContinuousEngine(*tiny, slots=1)
     with held(engine, after=3) as go_on, served(engine, timeout=1.5) as url:
         response = post(url, stream=stream)
         if stream:
@@ -278,13 +278,13 @@ def test_a_request_that_misses_its_deadline_is_ended(tiny, stream, served):
 
 
 def test_while_it_drains_it_is_alive_not_ready_and_finishes_what_it_has(tiny, reference, served):
-    engine = ContinuousEngine(*tiny, max_batch=1)
+    engine = ContinuousEngine(*tiny, slots=1)
     with held(engine, after=2) as go_on, served(engine) as url:
         async def main():
             async with httpx.AsyncClient(base_url=url, timeout=60) as session:
                 body = {"prompt": [5], "max_tokens": 9, "temperature": 0, "ignore_eos": True}
                 running = asyncio.create_task(session.post("/v1/completions", json=body))
-                while engine.stats().generated_tokens < 1 and not running.done():
+                while engine.stats().num_generated_tokens < 1 and not running.done():
                     await asyncio.sleep(0.01)
                 engine.close(None)
                 for _ in range(1000):  # processes for HTTP hear of it a moment later
@@ -350,17 +350,17 @@ async def for_ever(message=None):
 
 
 def test_a_client_that_leaves_before_its_stream_begins_frees_its_slot(tiny):
-    engine = ContinuousEngine(*tiny, max_batch=1)
+    engine = ContinuousEngine(*tiny, slots=1)
 
     async def gone():
         return {"type": "http.disconnect"}
 
     by_asgi(create_app(engine), engine, gone, send=for_ever)
-    assert engine.stats().running == 0 and engine.stats().generated_tokens < 1900
+    assert engine.stats().running == 0 and engine.stats().num_generated_tokens < 1900
 
 
 def test_a_client_that_never_reads_is_given_up_at_its_deadline(tiny):
-    engine = ContinuousEngine(*tiny, max_batch=1)
+    engine = ContinuousEngine(*tiny, slots=1)
     app, sent = create_app(engine, timeout=0.5), []  # and 5 s more to read what is there
 
     async def send(message):  # takes the headers and one event, as a socket's buffer does

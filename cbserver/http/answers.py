@@ -131,8 +131,11 @@ class Answer:
             return None
         news = slice(self.told, len(self.tokens))
         self.told = len(self.tokens)
-        found = self.sequence.logprobs[news]
-        return [self.named(*its) for its in zip(self.tokens[news], found, self.begins[news])]
+        found = self.sequence.logprobs
+        if self.params.echo:  # nothing foretells a prompt's first token
+            found = [None, *found]
+        return [self.named(*its) for its in zip(self.tokens[news], found[news],
+                                                 self.begins[news])]
 
     def named(self, token, found, begin):
         """A token and its TokenLogprob, or None, as a NamedLogprob."""

@@ -56,13 +56,18 @@ class Monitor:
                             ("num_requests_waiting", stats.waiting),
                             ("kv_cache_usage_perc", stats.running / stats.slots)):
             yield GaugeMetricFamily(name, "now", value)
+        budget = getattr(self.engine, "prefill_budget", None)  # ContinuousEngine's
+        if budget:
+            yield GaugeMetricFamily("prefill_budget_tokens", "prompt tokens of a step", budget)
         yield CounterMetricFamily("engine_steps", "steps of the engine", stats.steps)
-        yield CounterMetricFamily("prompt_tokens", "prompt tokens admitted", stats.prompt_tokens)
-        yield CounterMetricFamily("generation_tokens", "tokens generated", stats.generated_tokens)
+        yield CounterMetricFamily("prompt_tokens", "prompt tokens admitted",
+                                  stats.num_prompt_tokens)
+        yield CounterMetricFamily("generation_tokens", "tokens generated",
+                                  stats.num_generated_tokens)
         yield CounterMetricFamily("prefix_cache_queries", "prompt tokens, with prefix reuse or not",
-                                  stats.prompt_tokens)
+                                  stats.num_prompt_tokens)
         yield CounterMetricFamily("prefix_cache_hits", "those of them that a slot held already",
-                                  stats.cached_tokens)
+                                  stats.num_cached_tokens)
 
     async def text(self):
         """All of it, as Prometheus reads it."""
@@ -138,8 +143,9 @@ class Feed:
         """
         prompt = len(sequence.prompt_tokens)
         generated = len(sequence.generated_tokens)
-        read = prompt if generated else min(sequence.position, prompt)
-        phase = 1 if read == prompt else 0
+        decodes = generated or sequence.position >= sequence.prefill_end
+        read = prompt if decodes else sequence.position
+        phase = 1 if decodes else 0
         if sequence.status is Status.FINISHED:
             phase = 2
         return [self.number(sequence), phase, read, prompt, generated, sequence.params.max_tokens]
@@ -148,7 +154,7 @@ class Feed:
         """The batch now, as a dict ready for JSON."""
         engine = self.engine
         kind = type(engine).__name__.removesuffix("Engine").lower()
-        slots = [None] * engine.max_batch
+        slots = [None] * engine.slots
         with engine.lock:
             for sequence in engine.running:
                 slots[sequence.slot or 0] = self.slot(sequence)

@@ -120,7 +120,7 @@ class Reply:
     def usage(self):
         count = sum(said.tokens for said in self.answers.values())
         prompt_tokens = sum(len(sequence.prompt_tokens) for sequence in self.prompts)
-        cached = sum(sequence.cached_tokens for sequence in self.prompts)
+        cached = sum(sequence.num_cached_tokens for sequence in self.prompts)
         return {"prompt_tokens": prompt_tokens, "completion_tokens": count,
                 "total_tokens": prompt_tokens + count,
                 "prompt_tokens_details": {"cached_tokens": cached}}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from .attention import context_of, kv_shape, rope_limit
+from .linear import pack_linears, packed_bytes, packing_pays
 from .random_llama import SHAPES, random_llama
 
 
@@ -53,6 +54,8 @@ def load_model(name=None, device=None, dtype=None):
     pad = eos[0] if eos else None
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     model.eval()
+    if packing_pays(model) and 2 * packed_bytes(model) < free_bytes(model.device):
+        pack_linears(model)
     if dtype != torch.float32:
         with torch.inference_mode():
             check_finite(model(torch.arange(8, device=model.device)[None]).logits)

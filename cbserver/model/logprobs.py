@@ -64,16 +64,14 @@ def note_tokens(sequences, logits, tokens):
 
 
 def note_prompt(sequence, hidden, head):
-    """What a sequence that echoes its prompt asks about the tokens that this piece foretells.
+    """What a sequence that echoes its prompt asks about the tokens after each of this piece.
 
     hidden: [piece, hidden], from `sequence.position` on. head: makes logits of it. Nothing
-    foretells a prompt's first token: in its place stands None.
+    foretells a prompt's first token.
     """
     params = sequence.params
     if params.logprobs is None or not params.echo:
         return
-    if sequence.position == 0:
-        sequence.logprobs.append(None)
     begin = sequence.position + 1
     following = sequence.prompt_tokens[begin:begin + len(hidden)]
     for start in range(0, len(following), ROWS):
