@@ -30,7 +30,7 @@ class NotedRunner:
 
     def decode(self, sequences):
         self.rows = max((sequence.slot + 1 for sequence in sequences), default=0)
-        self.span = max((sequence.position for sequence in sequences), default=0)
+        self.span = max((sequence.position + 1 for sequence in sequences), default=0)
         return self.runner.decode(sequences)
 
 
