@@ -30,13 +30,13 @@ def test_the_counter_counts_code_and_nothing_else():
     assert class_lines("import x\n\nclass A:\n    'doc'\n    y = 1  # one\n") == {"A": 2}
 
 
-def test_the_engine_is_five_classes_in_238_plain_lines_and_three_files_of_325():
-    assert sum(engine_lines().values()) <= 238
-    assert lines_of("sequence", "batch", "scheduler") <= 325
+def test_the_engine_is_five_classes_in_240_plain_lines_and_three_files_of_350():
+    assert sum(engine_lines().values()) <= 240
+    assert lines_of("sequence", "batch", "scheduler") <= 350
 
 
 def test_what_each_lesson_teaches_is_small():
-    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 290),
+    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 292),
                        ("prefix", 90)):
         assert lines_of(name) <= most, f"{name}: {lines_of(name)} lines"
 
