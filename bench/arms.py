@@ -137,10 +137,7 @@ def model_of(case):
 
 
 def build(case, model, tokenizer):
-    """The engine of an arm, its runner ready: graphs recorded, functions compiled.
-
-    case["prefill_budget"]: None for what ContinuousEngine measures.
-    """
+    """The engine of an arm, its runner ready: graphs recorded, functions compiled."""
     from cbserver.batch import BatchRunner, StaticEngine
     from cbserver.fast import FastStep
     from cbserver.scheduler import ContinuousEngine
@@ -158,10 +155,10 @@ def build(case, model, tokenizer):
         "continuous+graphs+fused": functools.partial(FastStep, kernel=False),
         "continuous+graphs+fused+kernel": FastStep,
     }
-    arguments = (model, tokenizer, case["slots"], case["max_len"], waiting, runners[case["arm"]])
+    arguments = [model, tokenizer, case["slots"], case["max_len"], waiting, runners[case["arm"]]]
     if case["arm"] == "static":
         return StaticEngine(*arguments)
-    return ContinuousEngine(*arguments, case["prefill_budget"])
+    return ContinuousEngine(*arguments, prefill_budget=case["prefill_budget"])
 
 
 def run_engine(case, requests):

@@ -29,14 +29,14 @@ SEEN = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms")
 def measure(options):
     """Fit a model to a server's steps, check it against the server, write both as they come."""
     with tempfile.TemporaryDirectory() as folder:
-        model, quality, limits = calibrate(options, Path(folder))
+        model, quality = calibrate(options, Path(folder))
         print(f"fit: {quality} {to_json(model)}", flush=True)
         result = {"command": options.command, "hardware": hardware(), "model": options.model,
                   "versions": versions("torch", "transformers", "fastapi", "uvicorn", "numpy"),
                   "slots": options.slots, "max_len": options.max_len, "think_s": options.think,
-                  "prefill_budget": limits["budget"], "piece": limits["piece"], "fit": quality,
-                  "step_model": to_json(model), "options": setting(options), "loads": []}
-        for row in check(options, model, limits, Path(folder)):
+                  "fit": quality, "step_model": to_json(model), "options": setting(options),
+                  "loads": []}
+        for row in check(options, model, Path(folder)):
             result["loads"].append(row)
             result["verdict"] = verdict(result["loads"])
             write_json(result, options.out)
@@ -60,35 +60,32 @@ def server_options(options):
 def serve(arguments):
     """`python -m cbserver`, with an engine that notes its steps; they are in a file at the end."""
     path, *rest = arguments
-    notes = {"steps": []}
+    log = {}
 
     class ServingEngine(NotedEngine):
         def __init__(self, *arguments, **named):
-            super().__init__(*arguments, log=notes["steps"], **named)
-            notes["limits"] = {"budget": self.prefill_budget, "piece": self.piece}
+            super().__init__(*arguments, log=log, **named)
 
     try:
         cli.main(rest, ServingEngine)
     finally:
-        Path(path).write_text(json.dumps(notes), encoding="utf-8")
+        Path(path).write_text(json.dumps(log), encoding="utf-8")
 
 
 def calibrate(options, folder):
-    """Serve from few users to more than there are slots, writing the steps down.
-
-    Returns (model, how well it fits, {"budget", "piece"}: what the engine reads of prompts).
-    """
-    path = folder / "steps.json"
-    command = python_module("bench.capacity", "serve", path, *server_options(options))
+    """Serve from few users to more than there are slots, writing the steps down: (model, fit)."""
+    log = folder / "steps.json"
+    command = python_module("bench.capacity", "serve", log, *server_options(options))
     waits = []  # (requests in flight, how much later a client sees its first token, seconds)
     with ServerProcess(command, folder / "calibration.log") as server:
         warm_up(server.url, options)
         for users in crowds(options.slots):
             waits.append((users, time_on_the_way(server.url, options, users)))
             print(f"calibration: {users} users", flush=True)
-    notes = json.loads(path.read_text(encoding="utf-8"))
-    model, quality = fit(notes["steps"], options.slots, options.lag)
-    return replace(model, overhead=tuple(waits)), quality, notes["limits"]
+    noted = json.loads(log.read_text(encoding="utf-8"))
+    model, quality = fit(noted["steps"], options.slots, options.lag)
+    return replace(model, overhead=tuple(waits), budget=noted["budget"],
+                   piece=noted["piece"]), quality
 
 
 def crowds(slots):
@@ -132,25 +129,25 @@ def send(url, requests, users, thinks=None):
 # Measured against simulated
 
 
-def check(options, model, limits, folder):
+def check(options, model, folder):
     """The real server and the simulated one, with the same users and requests: yields rows.
 
-    A fresh server for each repeat, which reads as much in a step as the one that was calibrated;
-    every other one takes the loads from the heaviest down.
+    A fresh server for each repeat, with the budget that the calibrated one had; every other one
+    takes the loads from the heaviest down.
     """
     for repeat in range(options.repeats):
         command = python_module("cbserver", *server_options(options), "--prefill-budget",
-                                limits["budget"])
+                                model.budget)
         with ServerProcess(command, folder / "server.log") as server:
             warm_up(server.url, options)
             for users in options.users[::-1] if repeat % 2 else options.users:
-                row = one_load(server.url, options, model, limits, users, repeat)
+                row = one_load(server.url, options, model, users, repeat)
                 print(f"{users} users, repeat {repeat}: {row['measured']} measured, "
                       f"{row['simulated']} simulated", flush=True)
                 yield row
 
 
-def one_load(url, options, model, limits, users, repeat):
+def one_load(url, options, model, users, repeat):
     """What so many users see of the server at `url`, and of a simulated one."""
     count = max(40, options.requests * users // 8)
     requests = prompts(setting(options), count, seed=repeat)
@@ -161,8 +158,7 @@ def one_load(url, options, model, limits, users, repeat):
 
     real = send(url, requests, users, thinks)
     begin = time.perf_counter()
-    run = simulate(model, lengths, users, len(requests), slots=options.slots, thinks=thinks,
-                   **limits)
+    run = simulate(model, lengths, users, len(requests), slots=options.slots, thinks=thinks)
     took = time.perf_counter() - begin
     measured = seen([o.start for o in real], [o.event_times[0] for o in real],
                     [o.event_times[-1] for o in real], lengths)

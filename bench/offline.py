@@ -224,7 +224,7 @@ def parse(arguments=None):
     add("--longest", type=int, help="longest prompt and output, uniform (256 on a GPU, else 128)")
     add("--short", type=int, help="cut outputs to this many tokens, to compare them")
     add("--dtype", help="float32, float16 or bfloat16 (the device's default)")
-    add("--prefill-budget", type=int, help="prompt tokens read in a step (what the engine measures)")
+    add("--prefill-budget", type=int, help="prompt tokens read in a step (as the engine does)")
     add("--stall", action="store_true", help="also what a long prompt does to running streams")
     add("--with-vllm", action="store_true", help="add vLLM, if it is installed")
     add("--fresh", action="store_true", help="forget what --out already holds")

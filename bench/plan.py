@@ -44,10 +44,7 @@ class Fare(NamedTuple):
 
 @dataclass(frozen=True)
 class Planner:
-    """How a crowd fares on many replicas. lengths: of the requests; think, target: seconds.
-
-    budget, piece: prompt tokens of a step and of a pass, as `bench.simulate.Replica`'s.
-    """
+    """How a crowd fares on many replicas. lengths: of the requests; think, target: seconds."""
 
     model: StepModel
     slots: int
@@ -56,21 +53,15 @@ class Planner:
     target: float  # of p99 TTFT
     least: int = 20_000  # requests of a simulation
     most: float = math.inf  # tokens/s of a replica: beyond it nobody has checked the simulation
-    budget: int = 512
-    piece: int = 512
 
     def enough(self, users):
         """Requests of a simulation that show how so many users fare."""
         return max(self.least, 4 * users)
 
-    def simulated(self, users, replicas, requests, route="least loaded"):
-        """What so many users see who send so many requests, all together: a `Run`."""
-        return simulate(self.model, self.lengths, users, requests, replicas, self.slots,
-                        self.budget, self.piece, route, self.think)
-
     def try_out(self, users, replicas, route):
         """How so many users fare, once the crowd has settled: a `Fare`."""
-        run = self.simulated(users, replicas, self.enough(users), route)
+        run = simulate(self.model, self.lengths, users, self.enough(users), replicas, self.slots,
+                       route=route, think=self.think)
         begin = (self.think + run.supplied) / 2  # everybody began with a thought
         ttft = []
         took = []
@@ -148,10 +139,8 @@ def make_plan(options):
     model = from_json(result["step_model"])
     lengths = lengths_of(prompts(result["options"], 4096, seed=7))
     checked = most_checked(result["verdict"])
-    # What was measured before these were noted read 512 at once, and no more in a step.
-    limits = {"budget": result.get("prefill_budget", 512), "piece": result.get("piece", 512)}
     planner = Planner(model, result["slots"], lengths, options.think, options.target / 1e3,
-                      options.least, checked, **limits)
+                      options.least, checked)
     rows = plan_rows(planner, options.users)
     most = max(row["users_per_replica"] for row in rows)
     result["plan"] = {"command": options.command, "target_ms": options.target,
@@ -198,7 +187,8 @@ def time_simulation(planner, requests, users_per_replica):
     users = requests // 10
     replicas = max(1, round(requests / 10 / users_per_replica))
     begin = time.perf_counter()
-    planner.simulated(users, replicas, requests)
+    simulate(planner.model, planner.lengths, users, requests, replicas, planner.slots,
+             think=planner.think)
     return round(time.perf_counter() - begin, 1)
 
 

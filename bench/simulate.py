@@ -1,7 +1,8 @@
 """A discrete-event simulation of the continuous engine on many replicas.
 
 A replica does what `cbserver.scheduler.ContinuousEngine` does, with a formula in place of the
-model: admit into the lowest free slots, read prompts, one token for each that is ready, evict. Steps in which nothing changes are summed up, so a request costs a few events however
+model: admit into the lowest free slots, read prompts within the budget, one token for each that
+runs, evict. Steps in which nothing changes are summed up, so a request costs a few events however
 long its answer is.
 """
 import heapq
@@ -22,7 +23,8 @@ class StepModel:
     per_key: for each row and position that a step looks back. per_pass, per_token: for prompts.
     lag: so many steps later a token is seen (1 with FastStep, which launches the next step
     first). overhead: ((requests in flight, seconds), ...) that HTTP takes of a request
-    on its way; it grows as the server's event loop has more streams to write.
+    on its way; it grows as the server's event loop has more streams to write. budget, piece:
+    prompt tokens of a step and of a pass.
     """
 
     decode: tuple
@@ -31,6 +33,8 @@ class StepModel:
     per_token: float
     lag: int = 0
     overhead: tuple = ((1, 0.0),)
+    budget: int = 512
+    piece: int = 512
 
     def by_rows(self, slots):
         """Seconds of a step at span 0 for 0, 1, … `slots` rows: list[float]."""
@@ -59,19 +63,17 @@ def between(points, x):
 class Replica:
     """One server's engine: `comes(request, t)` when one arrives, `step_ends()` when it is `due`.
 
-    budget: prompt tokens of a step, while a sequence decodes. piece: of a pass. `due`: when its
-    next step, or run of like steps, ends; None while it has nothing to do.
+    `due`: when its next step, or run of like steps, ends; None while it has nothing to do.
     """
 
-    def __init__(self, model, slots, budget, piece, lengths):
+    def __init__(self, model, slots, lengths):
         self.model = model
-        self.budget = budget
-        self.piece = min(piece, budget)
+        self.slots = slots
         self.lengths = lengths
         self.base = model.by_rows(slots)
         self.all_slots = (1 << slots) - 1
         self.used = 0  # bit i: slot i is taken
-        self.decoding = 0  # bit i: the prompt in slot i is read, but for its last token
+        self.decoding = 0  # bit i: the prompt in slot i is read
         self.waiting = deque()  # requests
         self.unread = deque()  # (slot, prompt tokens read, request)
         self.first = []  # requests that get their first token when this step ends
@@ -119,10 +121,10 @@ class Replica:
             return
         self.begin = now
         reads = bool(self.unread)
-        reading = self.prefill()
+        reading = self.read() if reads else 0.0
         self.rows = self.decoding.bit_length()
         self.span = self.step + max(self.reach.values()) if self.reach else 0
-        self.planned = 1 if reads or self.first else self.ends[0][0] - self.step
+        self.planned = 1 if reads else self.ends[0][0] - self.step
         self.due = now + reading + self.duration(self.planned)
 
     def admit(self):
@@ -130,49 +132,35 @@ class Replica:
         while self.waiting and self.used != self.all_slots:
             lowest = ~self.used & (self.used + 1)  # the one bit of the lowest free slot
             self.used |= lowest
-            slot = lowest.bit_length() - 1
-            request = self.waiting.popleft()
-            if self.prefill_end(request) == 0:
-                self.decode(slot, request)
-            else:
-                self.unread.append((slot, 0, request))
+            self.unread.append((lowest.bit_length() - 1, 0, self.waiting.popleft()))
 
-    def prefill_end(self, request):
-        """Where its prefill ends: the prompt's last token is left to the first decode step."""
-        prompt, _ = self.lengths[request % len(self.lengths)]
-        return prompt - 1
-
-    def prefill(self):
-        """Read prompts piece by piece, the first ones first; seconds.
-
-        Once a sequence decodes, no more than the budget.
-        """
-        left = self.budget
+    def read(self):
+        """Read prompts piece by piece within the budget, the first ones first; seconds."""
+        budget = self.model.budget
+        whole = min(self.model.piece, budget)
+        prompts = [self.lengths[request % len(self.lengths)][0] for _, _, request in self.unread]
+        if not self.decoding and min(prompts) > 1:  # no stream waits
+            budget = max(budget, self.slots * whole)
+        left = budget
         passes = 0
-        unread = deque()
-        for slot, begin, request in self.unread:
-            position = begin
-            while position < self.prefill_end(request):
-                end = min(position + self.piece, self.prefill_end(request))
-                if end - begin > left and self.decoding:
-                    break
-                position = end
+        rest = deque()
+        for slot, position, request in self.unread:
+            prompt, wanted = self.lengths[request % len(self.lengths)]
+            piece = min(prompt - 1 - position, whole)  # decode reads the last token
+            while 0 < piece <= left:
                 passes += 1
-            left -= position - begin
-            if position < self.prefill_end(request):
-                unread.append((slot, position, request))
-            else:
-                self.decode(slot, request)
-        self.unread = unread
-        return passes * self.model.per_pass + (self.budget - left) * self.model.per_token
-
-    def decode(self, slot, request):
-        """From this step on it gets a token a step."""
-        prompt, wanted = self.lengths[request % len(self.lengths)]
-        self.decoding |= 1 << slot
-        self.reach[slot] = prompt - self.step
-        heapq.heappush(self.ends, (self.step + wanted + self.model.lag, slot, request))
-        self.first.append(request)
+                left -= piece
+                position += piece
+                piece = min(prompt - 1 - position, whole)
+            if position < prompt - 1:
+                rest.append((slot, position, request))
+                continue
+            self.decoding |= 1 << slot  # a prompt that is read decodes at once
+            self.reach[slot] = prompt - self.step
+            heapq.heappush(self.ends, (self.step + wanted + self.model.lag, slot, request))
+            self.first.append(request)
+        self.unread = rest
+        return passes * self.model.per_pass + (budget - left) * self.model.per_token
 
     def duration(self, steps):
         """Seconds of so many steps from here; each looks back one position further."""
@@ -248,18 +236,18 @@ def think_time(mean, seed, index):
     return random.Random(f"think {seed} {index}").expovariate(1 / mean) if mean else 0.0
 
 
-def simulate(model, lengths, users, requests, replicas=1, slots=16, budget=512, piece=512,
+def simulate(model, lengths, users, requests, replicas=1, slots=16,
              route="least loaded", think=0.0, thinks=None, seed=0):
     """`users` users who think, ask, read the answer and think again, until all is answered: a Run.
 
     lengths: [(prompt tokens, answer tokens)], request i has lengths[i % len]. think: mean seconds,
-    exponential; thinks(i) says instead how long before request i. budget, piece: as a Replica's.
+    exponential; thinks(i) says instead how long before request i.
     """
     draw = random.Random(seed)
     if thinks is None:
         def thinks(_):
             return draw.expovariate(1 / think) if think else 0.0
-    servers = [Replica(model, slots, budget, piece, lengths) for _ in range(replicas)]
+    servers = [Replica(model, slots, lengths) for _ in range(replicas)]
     router = Router(route, replicas, random.Random(f"route {seed}"))
     crowd = Crowd(model, servers, router, requests, thinks)
     return crowd.play(users)
