@@ -30,20 +30,20 @@ def test_the_counter_counts_code_and_nothing_else():
     assert class_lines("import x\n\nclass A:\n    'doc'\n    y = 1  # one\n") == {"A": 2}
 
 
-def test_the_engine_is_five_classes_in_240_plain_lines_and_three_files_of_350():
-    assert sum(engine_lines().values()) <= 240
-    assert lines_of("sequence", "batch", "scheduler") <= 350
+def test_the_engine_is_five_classes_in_242_plain_lines_and_three_files_of_352():
+    assert sum(engine_lines().values()) <= 242
+    assert lines_of("sequence", "batch", "scheduler") <= 352
 
 
 def test_what_each_lesson_teaches_is_small():
-    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 292),
+    for name, most in (("baseline", 60), ("metrics", 80), ("server", 150), ("fast", 290),
                        ("prefix", 90)):
         assert lines_of(name) <= most, f"{name}: {lines_of(name)} lines"
 
 
 def test_what_is_given_is_small():
     given = [path for name, path in modules("cbserver").items() if not is_taught(name)]
-    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in given) <= 2800
+    assert sum(code_lines(path.read_text(encoding="utf-8")) for path in given) <= 2820
 
 
 def test_imports_go_one_way():
