@@ -77,6 +77,17 @@ def test_a_packed_model_has_its_logits_and_its_tied_head(any_cpu):
     assert close(model(tokens).logits, own) and close(model(tokens[:1, :1]).logits, own[:1, :1])
 
 
+def test_a_packed_model_can_be_trained():
+    model = fresh()
+    tokens = torch.arange(7)[None]
+    model(tokens).logits.square().sum().backward()
+    own = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    pack_linears(model)
+    model(tokens).logits.square().sum().backward()
+    assert all(torch.equal(weight.grad, its) for weight, its in zip(model.parameters(), own))
+
+
 def test_a_copy_with_other_attention_shares_what_is_packed():
     model = fresh()
     pack_linears(model)
