@@ -90,7 +90,7 @@ def comparison(result):
 ENGINE_FILES = {
     "sequence": "a request with its own queue of tokens; the loop that every engine shares",
     "batch": "KV slots, one forward pass for many sequences; static batching",
-    "scheduler": "evict, admit, read prompts, decode, deliver: continuous batching"}
+    "scheduler": "evict, admit, prefill, decode, deliver: continuous batching"}
 
 
 def engine_text():
