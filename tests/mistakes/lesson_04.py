@@ -1,8 +1,11 @@
 """Usual mistakes of lesson 4, planted: see test_hints.py."""
-SLOW = {"l2", "c14", "s8", "s9", "c16c", "b1", "b2"}
+SLOW = {"l2", "c14", "s8", "s9", "c16c", "b1", "b2", "m2"}
 STATIC = """        if all(s.status is Status.FINISHED for s in self.running):
             self.evict()
             self.admit()
+"""
+PIECE_ENDS = """        while sequence.position < sequence.prefill_end:
+            end = min(sequence.position + self.piece, sequence.prefill_end)
 """
 MISTAKES = [
     ("04", "c14", "c07", ("slot=i)", "slot=0)"), "Does each row write and read its own slot",
@@ -23,13 +26,18 @@ MISTAKES = [
      "Does evict know?", SLOW),
     ("04", "s6", "c16", ("        self.evict()\n", "        if self.waiting:\n"
                          "            self.evict()\n"), "stop() never ends", SLOW),
-    ("04", "b5", "c16", ("            left -= self.read(sequence, left)\n",
-                         "            self.read(sequence, left)\n"), "not for each", SLOW),
-    ("04", "b5", "c16", ("            if sequence.position + piece > begin + left:\n"
-                         "                break\n",
-                         "            piece = min(piece, begin + left - sequence.position)\n"
-                         "            if piece == 0:\n                break\n"),
+    ("04", "b5", "c16", ("            left -= self.prefill(sequence, left)\n",
+                         "            self.prefill(sequence, left)\n"), "not for each", SLOW),
+    ("04", "b5", "c16", ("            if end - begin > left and self.decoding():\n",
+                         "            if self.decoding():\n"
+                         "                end = min(end, begin + left)\n"
+                         "            if end == sequence.position:\n"),
      "it is never cut", SLOW),
+    ("04", "b5", "c16", (" > left and self.decoding():", " > left:"),
+     "then there is no limit", SLOW),
+    ("04", "b5", "c16", (PIECE_ENDS, PIECE_ENDS.replace("sequence.prefill_end",
+                                                        "len(sequence.prompt_tokens)")),
+     "its last token, which the decode step reads", SLOW),
     ("04", "c24", "c20", ("for tokens, count in requests:", "for tokens, count in requests[::-1]:"),
      "request 0", SLOW - {"s8"}),
 ]
@@ -46,22 +54,26 @@ TURNS = [
      ("            if slot not in taken:\n                self.take(slot)",
       "            self.take(slot)"),
      "two in one slot"),
-    ("ContinuousEngine.admit", "t2a", "t2b", ("range(self.max_batch)", "range(len(taken))"),
+    ("ContinuousEngine.admit", "t2a", "t2b", ("range(self.slots)", "range(len(taken))"),
      "nobody has been admitted"),
-    ("ContinuousEngine.admit", "t2a", "t2b", ("range(self.max_batch)",
-                                              "reversed(range(self.max_batch))"),
+    ("ContinuousEngine.admit", "t2a", "t2b", ("range(self.slots)", "reversed(range(self.slots))"),
      "in the order they came"),
-    ("ContinuousEngine.read", "t3a", "t3b", ("begin + left", "sequence.position + left"),
+    ("ContinuousEngine.prefill", "t3a", "t3g", ("end - begin > left",
+                                                "end - sequence.position > left"),
      "and the budget is 40"),
-    ("ContinuousEngine.read", "t3a", "t3b",
-     ("min(unread, PIECE, self.prefill_budget)", "min(unread, PIECE, left)"), "no tokens"),
-    ("ContinuousEngine.read", "t3a", "t3b",
-     ("min(unread, PIECE, self.prefill_budget)", "min(unread, self.prefill_budget)"),
-     "PIECE at most"),
-    ("ContinuousEngine.read", "t3a", "t3b",
+    ("ContinuousEngine.prefill", "t3a", "t3g",
+     ("sequence.position + self.piece", "sequence.position + left"), "no tokens"),
+    ("ContinuousEngine.prefill", "t3a", "t3g",
+     ("sequence.position + self.piece", "sequence.position + self.prefill_budget"),
+     "pieces of self.piece"),
+    ("ContinuousEngine.prefill", "t3a", "t3g",
      ("return sequence.position - begin", "return sequence.position"),
      "return how many were read just now"),
-    ("ContinuousEngine.step", "t4a", "t4b", ("        self.read_prompts()\n", ""),
+    ("ContinuousEngine.prefill", "t3a", "t3g", (" and self.decoding()", ""), "so nobody waits"),
+    ("ContinuousEngine.prefill", "t3a", "t3g",
+     (PIECE_ENDS, PIECE_ENDS.replace("sequence.prefill_end", "len(sequence.prompt_tokens)")),
+     "needs no prefill"),
+    ("ContinuousEngine.step", "t4a", "t4b", ("        self.prefill_prompts()\n", ""),
      "nothing was decoded"),
     ("ContinuousEngine.step", "t4a", "t4b", ("        self.evict()\n", ""), "who was not served"),
     ("ContinuousEngine.step", "t4a", "t4b",
