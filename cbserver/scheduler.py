@@ -80,22 +80,23 @@ def measured_budget(runner, slots):
     Or in 50 ms, if that is longer, which nobody sees; and one piece at least. It is tried in the
     slots before anybody owns them: what it writes there stays hidden, as a former owner's keys do.
     """
-    newcomers = [Sequence([0], slot=slot) for slot in range(slots)]
-    reader = Sequence([0] * min(runner.piece + 1, runner.cache.max_len), slot=0)
+    decoding = [Sequence([0], slot=slot) for slot in range(slots)]
+    longest = Sequence([0] * runner.cache.max_len, slot=0)
+    last_piece = longest.prefill_end // runner.piece * runner.piece  # the slowest: it sees the most
 
     def step(pieces):
-        for sequence in (reader, *newcomers):
+        for sequence in decoding:
             sequence.position = 0
         begin = time.perf_counter()
         for _ in range(pieces):
-            reader.position = 0
-            runner.prefill(reader, reader.prefill_end)
-        runner.decode(newcomers)
-        runner.decode([])  # a runner that is one pass ahead waits for it here
+            longest.position = max(0, last_piece - runner.piece)
+            runner.prefill(longest, min(longest.position + runner.piece, longest.prefill_end))
+        runner.decode(decoding)
+        runner.decode([])  # a runner that is one pass ahead waits here
         return time.perf_counter() - begin
 
     step(pieces=1)  # a device's first pass is slow
-    decoding = min(step(pieces=0) for _ in range(3))
-    reading = min(step(pieces=1) for _ in range(3)) - decoding
-    pieces = int(max(decoding, 0.05) / max(reading, 1e-6))
-    return runner.piece * max(pieces, 1)
+    times = [(step(pieces=0), step(pieces=2)) for _ in range(2)]
+    alone, with_two = map(min, zip(*times))
+    piece = max((with_two - alone) / 2, 1e-3)
+    return runner.piece * max(1, int(max(alone, 0.05) / piece))

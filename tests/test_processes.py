@@ -103,7 +103,7 @@ class Stream:
     def all(self):
         """(text, tokens) when it has come to its end."""
         whole = self.first + self.response.read()
-        events = [line[6:] for line in whole.decode().splitlines() if line]
+        events = [line[6:] for line in whole.decode().splitlines() if line.startswith("data: ")]
         assert events[-1] == "[DONE]"
         *chunks, usage = [json.loads(event) for event in events[:-1]]
         text = "".join(chunk["choices"][0]["text"] for chunk in chunks)

@@ -54,6 +54,9 @@ def load_model(name=None, device=None, dtype=None):
     pad = eos[0] if eos else None
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     model.eval()
+    if dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
+        print("This CPU has no instructions for bfloat16: without --dtype it would be about twice "
+              "as fast.", flush=True)
     if packing_pays(model) and 2 * packed_bytes(model) < free_bytes(model.device):
         pack_linears(model)
     if dtype != torch.float32:
@@ -68,6 +71,14 @@ def check_finite(logits):
         kind = str(logits.dtype).removeprefix("torch.")
         raise ModelUnavailable(f"This model's numbers overflow in {kind}: choose another kind with "
                                "--dtype float32.")
+
+
+def has_bfloat16():
+    """Whether this CPU computes in bfloat16 itself; True where torch cannot tell."""
+    known = torch.cpu.get_capabilities()
+    if known.get("architecture") != "x86_64":
+        return True
+    return known["avx512_bf16"] or known["amx_bf16"]
 
 
 def default_model(gpu):

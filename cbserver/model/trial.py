@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from .linear import PackedLinear
 from .load import ModelUnavailable, check_finite, first_line
 
 SMALL = {"vocab_size": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -214,7 +215,7 @@ def check_structure(model):
         if children.keys() != expected:
             raise ValueError(f"its {name or 'layers'} have {', '.join(sorted(children))}")
         for child, module in children.items():
-            if child.endswith("_proj") and type(module) is not nn.Linear:
+            if child.endswith("_proj") and type(module) not in (nn.Linear, PackedLinear):
                 raise ValueError(f"its {child} is a {type(module).__name__}")
     x = torch.linspace(-3, 3, 7)
     if not torch.allclose(layers[0].mlp.act_fn(x), F.silu(x)):
