@@ -61,7 +61,7 @@ def server_options(options):
 def serve(arguments):
     """`python -m cbserver`, with an engine that notes its steps; they are in a file at the end."""
     path, *rest = arguments
-    log = []
+    log = {}
     try:
         cli.main(rest, functools.partial(NotedEngine, log=log))
     finally:
@@ -78,9 +78,10 @@ def calibrate(options, folder):
         for users in crowds(options.slots):
             waits.append((users, time_on_the_way(server.url, options, users)))
             print(f"calibration: {users} users", flush=True)
-    steps = json.loads(log.read_text(encoding="utf-8"))
-    model, quality = fit(steps, options.slots, options.lag)
-    return replace(model, overhead=tuple(waits)), quality
+    noted = json.loads(log.read_text(encoding="utf-8"))
+    model, quality = fit(noted["steps"], options.slots, options.lag)
+    return replace(model, overhead=tuple(waits), budget=noted["budget"],
+                   piece=noted["piece"]), quality
 
 
 def crowds(slots):

@@ -1,5 +1,6 @@
 """The simulation schedules as the engine does, and the step model is the one that was measured."""
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import by_hand, prompt
@@ -28,8 +29,8 @@ CPU = StepModel(((1, 0.03), (4, 0.05), (16, 0.12)), 1e-6, 0.01, 0.0008,
 MIX = [(20, 8), (40, 60), (16, 16), (60, 120)]
 
 
-def turns(engine, arrivals, wanted):
-    """[(turn of its first token, of its last)] of a real engine that is stepped once a second."""
+def steps_of(engine, arrivals, wanted):
+    """[(step of its first token, of its last)] of a real engine that is stepped once a second."""
     sequences = {}
     seen = {}
     tokens_of = {}
@@ -62,14 +63,15 @@ def test_every_token_comes_in_the_same_step_as_in_the_real_engine(tiny, data):
     arrivals = data.draw(st.lists(st.integers(0, 20), unique=True, min_size=len(wanted),
                                   max_size=len(wanted)))  # the first of two would start a step
     engine = by_hand(ContinuousEngine(*tiny, slots=slots, max_len=128, prefill_budget=budget))
-    real = turns(engine, arrivals, wanted)
-    run = simulate(UNIT, wanted, len(wanted), len(wanted), slots=slots, budget=budget,
+    real = steps_of(engine, arrivals, wanted)
+    model = replace(UNIT, budget=budget, piece=min(64, budget))
+    run = simulate(model, wanted, len(wanted), len(wanted), slots=slots,
                    thinks=lambda i: float(arrivals[i]))
     assert [(round(a), round(b)) for a, b in zip(run.first, run.end)] == real
 
 
 def test_many_steps_at_once_take_as_long_as_one_by_one():
-    replica = Replica(CPU, 16, 512, MIX)
+    replica = Replica(CPU, 16, MIX)
     replica.comes(1, 0.0)
     replica.step_ends()
     each = []
@@ -163,13 +165,15 @@ def test_thinking_is_the_same_for_the_real_crowd_and_the_simulated():
 
 
 def test_the_noted_engine_notes_every_step(tiny):
-    log = []
+    log = {}
     engine = by_hand(NotedEngine(*tiny, slots=2, max_len=64, log=log))
     engine.submit(prompt(1, 9), SamplingParams(3, ignore_eos=True))
     for _ in range(3):
         engine.step()
-    assert [step[:4] for step in log] == [[1, 9, 1, 9], [1, 10, 0, 0], [1, 11, 0, 0]]
-    assert isinstance(engine.runner, NotedRunner) and all(step[4] > 0 for step in log)
+    assert [step[:4] for step in log["steps"]] == [[1, 9, 1, 8], [1, 10, 0, 0], [1, 11, 0, 0]]
+    assert isinstance(engine.runner, NotedRunner) and all(
+        step[4] > 0 for step in log["steps"])
+    assert log["budget"] == engine.prefill_budget and log["piece"] == engine.piece
 
 
 @pytest.mark.slow

@@ -106,18 +106,18 @@ CROWD = [{"arrival": 0, "seed": i, "length": 50 - i, "max_tokens": 8} for i in r
 
 
 class Cutting(ContinuousEngine):
-    """Cuts a piece to what is left of the turn's budget: this is what must not happen."""
+    """Cuts a piece to what is left of the step's budget: this is what must not happen."""
 
-    def read_prompts(self):
+    def prefill_prompts(self):
         left = self.prefill_budget
         for sequence in self.running:
-            piece = min(len(sequence.prompt_tokens) - sequence.position, left)
+            piece = min(sequence.prefill_end - sequence.position, left)
             if piece > 0:
                 self.runner.prefill(sequence, sequence.position + piece)
                 left -= piece
 
 
 @pytest.mark.parametrize("broken", [{"engine_class": Cutting}, {"invariant": False}])
-def test_pieces_cut_to_fit_a_turn_and_rows_left_out_would_be_noticed(tiny, broken):
+def test_pieces_cut_to_fit_a_step_and_rows_left_out_would_be_noticed(tiny, broken):
     assert differ(tiny, CROWD) == []
     assert differ(tiny, CROWD, **broken)

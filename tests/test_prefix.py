@@ -1,6 +1,8 @@
 """Prefix reuse: what a slot still holds is not read again, and no answer changes by a token."""
 import functools
+import itertools
 import json
+import unittest.mock
 
 import pytest
 import torch
@@ -72,7 +74,7 @@ def check(engine, reference, schedule):
         engine.step()
         engine.steps += 1
         sitting = sorted(s.slot for s in [*engine.running, *engine.past])
-        assert sitting == list(range(engine.max_batch)), "each slot has one owner, past or present"
+        assert sitting == list(range(engine.slots)), "each slot has one owner, past or present"
 
     for ask in schedule:
         for _ in range(ask["after"]):
@@ -190,7 +192,7 @@ def test_a_prompt_whose_tokens_are_asked_about_is_read_whole(tiny):
     text = prompt(3, 30)
     serve(engine, text)
     [asked] = serve(engine, text, echo=True, logprobs=1)
-    assert asked.num_cached_tokens == 0 and len(asked.logprobs) == 30 + 8
+    assert asked.num_cached_tokens == 0 and len(asked.logprobs) == 29 + 8
     [chosen] = serve(engine, text, logprobs=1)
     assert chosen.num_cached_tokens == 29 and len(chosen.logprobs) == 8
 
@@ -231,14 +233,14 @@ def test_who_comes_again_after_half_its_prompt_was_read_takes_that_half_over(tin
     assert again.num_cached_tokens == 40
 
 
-def test_nobody_searches_when_most_of_a_turns_budget_is_spent(tiny):
+def test_nobody_searches_when_most_of_a_steps_budget_is_spent(tiny):
     engine = make(tiny, budget=8)
     serve(engine, SYSTEM)
     late = Sequence(SYSTEM + [1], slot=1)
-    assert engine.read(late, left=2) == 0
+    engine.prefill(late, left=2)
     assert late.num_cached_tokens == 0
-    assert engine.read(late, left=3) == 1
-    assert late.num_cached_tokens == 40
+    engine.prefill(late, left=3)
+    assert late.num_cached_tokens == 40 == late.position
 
 
 def test_the_lesson_tells_what_was_measured_on_a_gpu():
@@ -301,8 +303,11 @@ def test_one_token_too_many_is_noticed(tiny, reference, monkeypatch):
 
 
 def test_the_newest_tokens_missing_key_is_noticed(tiny, reference, monkeypatch):
-    monkeypatch.setattr(prefix, "with_keys",
-                        lambda s: len(s.prompt_tokens) + len(s.generated_tokens))
+    def of_all_tokens(sequence, text):
+        pairs = zip(sequence.prompt_tokens + sequence.generated_tokens, text)
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    monkeypatch.setattr(prefix, "shared", of_all_tokens)
     assert caught(tiny, reference)
 
 
@@ -310,7 +315,7 @@ def test_a_copy_into_the_wrong_slot_is_noticed(tiny, reference):
     class Wrong(PrefixEngine):
         def reuse(self, sequence, holders):
             right = sequence.slot
-            sequence.slot = (right + 1) % self.max_batch
+            sequence.slot = (right + 1) % self.slots
             super().reuse(sequence, holders)
             sequence.slot = right
 
@@ -339,8 +344,8 @@ def test_a_swap_that_leaves_the_keys_behind_is_noticed(tiny, reference):
 
 def test_an_idle_row_that_writes_into_a_kept_slot_is_noticed(tiny, reference):
     class Careless(BatchRunner):
-        def rows(self, sequences):
-            tokens, positions = super().rows(sequences)
+        def decode_inputs(self, sequences):
+            tokens, positions = super().decode_inputs(sequences)
             return tokens, positions.where(positions < self.cache.max_len - 1, 2)
 
     assert caught(tiny, reference, kind=Careless)
@@ -395,7 +400,7 @@ def test_usage_says_how_much_was_cached_and_metrics_count_it(url):
 @pytest.mark.parametrize("start, end, by", [
     (1, 40, "resume_pass"), (63, 70, "resume_pass"), (500, 513, "resume_pass"),
     (700, 1100, "resume_pass"), (1025, 1200, "resume_pass"), (1590, 1600, "resume_pass"),
-    (1990, 2000, "resume_pass"), (0, 40, "read_pass"), (512, 600, "read_pass")])
+    (1990, 2000, "resume_pass"), (0, 40, "prefill_pass"), (512, 600, "prefill_pass")])
 def test_a_pass_from_anywhere_writes_the_keys_of_one_from_the_beginning(tiny, start, end, by,
                                                                         fused):
     whole, runner = long_runners(tiny[0].device, fused)
@@ -434,7 +439,8 @@ def long_runners(device, fused):
     sequence = Sequence(prompt(1, 2000), slot=0)
     for end in (512, 1024, 1536, 2000):
         plain.prefill(sequence, end)
-    return plain, PrefixStep(model, 2, 2048, fused=fused)
+    with unittest.mock.patch("cbserver.batch.piece_size", lambda device: 512):  # as on a GPU
+        return plain, PrefixStep(model, 2, 2048, fused=fused)
 
 
 # The command line

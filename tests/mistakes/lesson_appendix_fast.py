@@ -27,4 +27,6 @@ MISTAKES = [
     ("appendix_fast", "c21", "c16f", ("return earlier.wait() if earlier else []",
                                  "return self.launched.wait() if self.launched else []"),
      "has nothing to return yet", SLOW),
+    ("appendix_fast", "c21", "c16f", ("        if first:\n", "        if not first:\n"),
+     "slot 0:", SLOW),
 ]
