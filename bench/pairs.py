@@ -109,6 +109,9 @@ def stall(tree, options):
     return {name: found[name] for name in ("worst_gap_ms", "usual_gap_ms", "ttft_ms")}
 
 
+UNITS = {"offline": "engine without HTTP, tokens/s", "http": "server's CPU, µs an event",
+         "worst_gap_ms": "longest pause of 15 streams when a prompt of 4,000 tokens arrives, ms",
+         "usual_gap_ms": "their usual pause, ms", "ttft_ms": "that prompt's first token after, ms"}
 MEASUREMENTS = {"offline": offline, "http": http, "passes": passes, "stall": stall}
 
 
@@ -129,6 +132,26 @@ def ratio(runs):
     ratios = sorted(new / old for old, new in zip(runs["old"], runs["new"]))
     return {"median": round(statistics.median(ratios), 4),
             "spread": [round(ratios[0], 4), round(ratios[-1], 4)]}
+
+
+def table(result):
+    """Markdown: old, new, and their ratio, for each number that was measured."""
+    lines = ["| | before | now | now ÷ before, median (spread) |", "| --- | ---: | ---: | ---: |"]
+    for name, found in result["measured"].items():
+        if isinstance(found["old"][0], dict):
+            for key, said in found["new_by_old"].items():
+                lines.append(row(UNITS.get(key, f"{key}, ms"), *(
+                    [run[key] for run in found[side]] for side in ("old", "new")), said))
+        else:
+            lines.append(row(UNITS[name], found["old"], found["new"], found["new_by_old"]))
+    return "\n".join(lines)
+
+
+def row(name, old, new, said):
+    """A line of the table: medians of the runs, and what the pairs say."""
+    low, high = said["spread"]
+    return (f"| {name} | {statistics.median(old):,.1f} | {statistics.median(new):,.1f} | "
+            f"{said['median']:.2f} ({low:.2f} to {high:.2f}) |")
 
 
 def main(arguments=None):
