@@ -1,8 +1,11 @@
 """Usual mistakes of lesson 4, planted: see test_hints.py."""
-SLOW = {"l2", "c14", "s8", "s9", "c16c", "b1", "b2"}
+SLOW = {"l2", "c14", "s8", "s9", "c16c", "b1", "b2", "m2"}
 STATIC = """        if all(s.status is Status.FINISHED for s in self.running):
             self.evict()
             self.admit()
+"""
+PIECE_ENDS = """        while sequence.position < sequence.prefill_end:
+            end = min(sequence.position + self.piece, sequence.prefill_end)
 """
 MISTAKES = [
     ("04", "c14", "c07", ("slot=i)", "slot=0)"), "Does each row write and read its own slot",
@@ -25,10 +28,15 @@ MISTAKES = [
                          "            self.evict()\n"), "stop() never ends", SLOW),
     ("04", "b5", "c16", ("            left -= self.prefill(sequence, left)\n",
                          "            self.prefill(sequence, left)\n"), "not for each", SLOW),
-    ("04", "b5", "c16", ("            if end - begin > left:\n                break\n",
+    ("04", "b5", "c16", ("            if end - begin > left:\n",
                          "            end = min(end, begin + left)\n"
-                         "            if end == sequence.position:\n                break\n"),
+                         "            if end == sequence.position:\n"),
      "it is never cut", SLOW),
+    ("04", "b5", "c16", ("max(left, self.slots * self.piece)", "left"),
+     "a piece of every slot", SLOW),
+    ("04", "b5", "c16", (PIECE_ENDS, PIECE_ENDS.replace("sequence.prefill_end",
+                                                        "len(sequence.prompt_tokens)")),
+     "its last token, which the decode step reads", SLOW),
     ("04", "c24", "c20", ("for tokens, count in requests:", "for tokens, count in requests[::-1]:"),
      "request 0", SLOW - {"s8"}),
 ]
@@ -47,8 +55,7 @@ TURNS = [
      "two in one slot"),
     ("ContinuousEngine.admit", "t2a", "t2b", ("range(self.slots)", "range(len(taken))"),
      "nobody has been admitted"),
-    ("ContinuousEngine.admit", "t2a", "t2b", ("range(self.slots)",
-                                              "reversed(range(self.slots))"),
+    ("ContinuousEngine.admit", "t2a", "t2b", ("range(self.slots)", "reversed(range(self.slots))"),
      "in the order they came"),
     ("ContinuousEngine.prefill", "t3a", "t3b", ("end - begin > left",
                                                 "end - sequence.position > left"),
@@ -58,15 +65,16 @@ TURNS = [
      "no tokens"),
     ("ContinuousEngine.prefill", "t3a", "t3b",
      ("min(sequence.position + self.piece, sequence.prefill_end)", "sequence.prefill_end"),
-     "take three steps of at most 40"),
+     "tokens were read, not 100"),
     ("ContinuousEngine.prefill", "t3a", "t3b",
      ("sequence.position + self.piece", "sequence.position + self.prefill_budget"),
-     "self.piece, 64, at most"),
-    ("ContinuousEngine.prefill", "t3a", "t3b",
-     ("sequence.prefill_end)\n", "len(sequence.prompt_tokens))\n"), "stop at prefill_end"),
+     "pieces of self.piece"),
     ("ContinuousEngine.prefill", "t3a", "t3b",
      ("return sequence.position - begin", "return sequence.position"),
      "return how many were read just now"),
+    ("ContinuousEngine.prefill", "t3a", "t3b",
+     (PIECE_ENDS, PIECE_ENDS.replace("sequence.prefill_end", "len(sequence.prompt_tokens)")),
+     "needs no prefill"),
     ("ContinuousEngine.step", "t4a", "t4b", ("        self.prefill_prompts()\n", ""),
      "nothing was decoded"),
     ("ContinuousEngine.step", "t4a", "t4b", ("        self.evict()\n", ""), "who was not served"),
