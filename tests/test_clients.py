@@ -293,7 +293,8 @@ def test_after_a_fault_the_process_ends_with_an_error_code(error, words, drainin
              "from cbserver.scheduler import ContinuousEngine as E\n"
              "step = E.step\n"
              "def fail(self):\n"
-             f"    if self.num_generated_tokens > 5 and self.stopping >= {draining}: raise {error}\n"
+             f"    if self.num_generated_tokens > 5 and self.stopping >= {draining}:\n"
+             f"        raise {error}\n"
              "    step(self)\n"
              "E.step = fail; s.main()")
     with Process(script=fault) as server:
