@@ -155,9 +155,10 @@ def build(case, model, tokenizer):
         "continuous+graphs+fused": functools.partial(FastStep, kernel=False),
         "continuous+graphs+fused+kernel": FastStep,
     }
-    engine_class = StaticEngine if case["arm"] == "static" else ContinuousEngine
-    return engine_class(model, tokenizer, case["slots"], case["max_len"], waiting,
-                        prefill_budget=case["prefill_budget"], runner=runners[case["arm"]])
+    arguments = [model, tokenizer, case["slots"], case["max_len"], waiting, runners[case["arm"]]]
+    if case["arm"] == "static":
+        return StaticEngine(*arguments)
+    return ContinuousEngine(*arguments, prefill_budget=case["prefill_budget"])
 
 
 def run_engine(case, requests):
@@ -170,6 +171,8 @@ def run_engine(case, requests):
     bandwidth = copy_bandwidth(model.device)
     numbers["peak_memory_gb"] = peak_memory(model.device)
     numbers["bandwidth_gb_s"] = bandwidth
+    if case["arm"] not in ("generate", "static"):
+        numbers["prefill_budget"] = engine.prefill_budget
     if case["arm"] != "generate":
         span = min(SPAN, case["max_len"])
         numbers |= time_step(engine.runner, model, case["slots"], span, bandwidth)
@@ -224,7 +227,7 @@ def time_step(runner, model, rows, span, bandwidth):
         start = time.perf_counter()
         for _ in range(in_a_row):
             for sequence in sequences:
-                sequence.position = span - 1  # a row at the very end would be idle
+                sequence.position = span - 2  # a row at the very end would be idle
             runner.decode(sequences)
         synchronize(model.device)
         times.append((time.perf_counter() - start) / in_a_row)
@@ -369,7 +372,9 @@ def run_http(case, requests):
     users = max(50, 2 * case["slots"])  # so that no slot waits for one
     command = python_module("cbserver", "--model", case["model"], "--max-batch", case["slots"],
                             "--max-len", case["max_len"], "--max-waiting", len(requests),
-                            "--prefill-budget", case["prefill_budget"], "--no-prefix-reuse")
+                            "--no-prefix-reuse")
+    if case["prefill_budget"]:
+        command += ["--prefill-budget", str(case["prefill_budget"])]
     me = psutil.Process()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ServerProcess(
@@ -415,7 +420,7 @@ def run_stall(case):
     prompt = [rng.randrange(case["vocab"]) for _ in range(length)]
     numbers = asyncio.run(median_stall(engine, requests, prompt))
     numbers["prompt_tokens"] = length
-    numbers["prefill_budget"] = case["prefill_budget"]
+    numbers["prefill_budget"] = engine.prefill_budget
     return numbers
 
 

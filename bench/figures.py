@@ -90,7 +90,7 @@ def comparison(result):
 ENGINE_FILES = {
     "sequence": "a request with its own queue of tokens; the loop that every engine shares",
     "batch": "KV slots, one forward pass for many sequences; static batching",
-    "scheduler": "evict, admit, read prompts, decode, deliver: continuous batching"}
+    "scheduler": "evict, admit, prefill, decode, deliver: continuous batching"}
 
 
 def engine_text():
@@ -349,7 +349,7 @@ def setting(result):
         paced, at_once = stall.values()
         parts.append(f"A prompt of {paced['prompt_tokens']:,} tokens that arrives among 15 running "
                      f"streams makes their longest pause {paced['worst_gap_ms']:,.0f} ms at "
-                     f"{paced['prefill_budget']:,} tokens a turn, {at_once['worst_gap_ms']:,.0f} "
+                     f"{paced['prefill_budget']:,} tokens a step, {at_once['worst_gap_ms']:,.0f} "
                      f"ms if it is read at once (usually {paced['usual_gap_ms']:,.1f} ms).")
     commands = "; ".join(f"`{command}`" for command in result["commands"])
     parts.append(f"Commands: {commands}.")

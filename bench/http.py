@@ -51,6 +51,8 @@ def serve(words):
     class CostlessRunner:
         """A BatchRunner that sleeps instead of computing."""
 
+        piece = 512
+
         def __init__(self, model, slots, max_len):
             self.seconds = float(step_ms) / 1e3
 
@@ -64,8 +66,8 @@ def serve(words):
             return [(sequence, TOKEN) for sequence in sequences]
 
     class CostlessEngine(ContinuousEngine):
-        def __init__(self, *arguments):
-            super().__init__(*arguments[:-1], CostlessRunner)
+        def __init__(self, *arguments, prefill_budget):
+            super().__init__(*arguments[:-1], CostlessRunner, prefill_budget or 2048)
 
     if profile != "-":
         serving = uvicorn.Server.run
@@ -232,7 +234,7 @@ def alone(options, streams):
     case = {"arm": "continuous+graphs+fused+kernel" if options.gpu else "continuous",
             "model": options.model, "dtype": None, "workload": "uniform", "seed": 0,
             "longest": options.longest, "short": None, "vocab": vocabulary(options.model),
-            "prefill_budget": 2048 if options.gpu else 512, "max_len": options.max_len,
+            "prefill_budget": None, "max_len": options.max_len,
             "slots": streams, "requests": most(options, streams)}
     run = run_child(case)
     return {"streams": streams, "tokens_per_s": run["tokens_per_s"]}

@@ -5,7 +5,6 @@
 Each is built with made-up weights and either gives generate()'s tokens in company, by the plain and
 by the fast step, or is refused at load with one sentence. Anything else is a fault.
 """
-import asyncio
 import datetime
 import json
 import sys
@@ -27,6 +26,7 @@ from cbserver.model.random_llama import byte_tokenizer
 from cbserver.model.sampling import SamplingParams
 from cbserver.model.trial import check_served, make_up_weights, trial_tokens
 from cbserver.scheduler import ContinuousEngine
+from cbserver.sequence import put_all
 
 OUT = DATA / "models.json"
 LARGEST = 20e6  # parameters
@@ -83,9 +83,8 @@ def made(config):
 
 def serve(model, runner):
     """[(tokens generated in company, what generate() makes alone)], and whether it is fused."""
-    engine = ContinuousEngine(model, byte_tokenizer(512), 2, 96, prefill_budget=16, runner=runner)
-    loop = asyncio.new_event_loop()
-    engine.open(loop)
+    engine = ContinuousEngine(model, byte_tokenizer(512), 2, 96, runner=runner, prefill_budget=16)
+    engine.open(put_all)
     sequences = []
     for number, length in enumerate((5, 40, 11, 23)):
         tokens = trial_tokens(model, length).tolist()
@@ -94,7 +93,6 @@ def serve(model, runner):
         if not (engine.waiting or engine.running):
             break
         engine.step()
-    loop.close()
     pairs = [(s.generated_tokens, list(generate_tokens(model, s.prompt_tokens, s.params)))
              for s in sequences]
     return pairs, bool(getattr(engine.runner, "fused", None))

@@ -67,13 +67,14 @@ def add_run(row, run):
 
 
 def measure_stall(result, options):
-    """What a long prompt does to running streams, read by the budget and in one turn."""
+    """What a long prompt does to running streams, read by the budget and in one step."""
     arm = "continuous+graphs+fused+kernel" if options.gpu else "continuous"
     first = next(iter(cases(options)))
-    for name, budget in (("by the budget", options.prefill_budget), ("in one turn", 8192)):
+    result["stall"] = {}
+    for name, budget in (("by the budget", options.prefill_budget), ("in one step", 8192)):
         print(f"a long prompt, {name}: starting", flush=True)
         run = run_child(first | {"arm": f"stall:{arm}", "prefill_budget": budget})
-        result.setdefault("stall", {})[name] = run
+        result["stall"][name] = run
         print(f"a long prompt, {name}: {run}", flush=True)
         save(result, options)
 
@@ -110,15 +111,6 @@ def dtype_name(gpu):
 
     device = torch.device("cuda" if gpu else "cpu")
     return str(default_dtype(device)).removeprefix("torch.")
-
-
-def engine_budget(gpu):
-    """The prompt tokens that an engine reads in a turn on this device."""
-    import torch
-
-    from cbserver.scheduler import default_budget
-
-    return default_budget(torch.device("cuda" if gpu else "cpu"))
 
 
 def cases(options):
@@ -232,7 +224,7 @@ def parse(arguments=None):
     add("--longest", type=int, help="longest prompt and output, uniform (256 on a GPU, else 128)")
     add("--short", type=int, help="cut outputs to this many tokens, to compare them")
     add("--dtype", help="float32, float16 or bfloat16 (the device's default)")
-    add("--prefill-budget", type=int, help="prompt tokens read in a turn (as the engine does)")
+    add("--prefill-budget", type=int, help="prompt tokens read in a step (as the engine does)")
     add("--stall", action="store_true", help="also what a long prompt does to running streams")
     add("--with-vllm", action="store_true", help="add vLLM, if it is installed")
     add("--fresh", action="store_true", help="forget what --out already holds")
@@ -264,7 +256,6 @@ def fill_in(options, parser):
         options.repeats = 1
         options.fresh = True
         options.out = options.out or Path("figures/latest/report.json")
-    options.prefill_budget = options.prefill_budget or engine_budget(gpu)
     every = GPU_ARMS if gpu else CPU_ARMS
     if options.arms:
         options.arms = options.arms.split(",")

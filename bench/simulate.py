@@ -12,8 +12,6 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 
-from cbserver.batch import PIECE
-
 ROUTES = ("in turn", "two choices", "least loaded")
 
 
@@ -25,7 +23,8 @@ class StepModel:
     per_key: for each row and position that a step looks back. per_pass, per_token: for prompts.
     lag: so many steps later a token is seen (1 with FastStep, which launches the next step
     first). overhead: ((requests in flight, seconds), ...) that HTTP takes of a request
-    on its way; it grows as the server's event loop has more streams to write.
+    on its way; it grows as the server's event loop has more streams to write. budget, piece:
+    prompt tokens of a step and of a pass.
     """
 
     decode: tuple
@@ -34,6 +33,8 @@ class StepModel:
     per_token: float
     lag: int = 0
     overhead: tuple = ((1, 0.0),)
+    budget: int = 512
+    piece: int = 512
 
     def by_rows(self, slots):
         """Seconds of a step at span 0 for 0, 1, … `slots` rows: list[float]."""
@@ -65,9 +66,9 @@ class Replica:
     `due`: when its next step, or run of like steps, ends; None while it has nothing to do.
     """
 
-    def __init__(self, model, slots, budget, lengths):
+    def __init__(self, model, slots, lengths):
         self.model = model
-        self.budget = budget
+        self.slots = slots
         self.lengths = lengths
         self.base = model.by_rows(slots)
         self.all_slots = (1 << slots) - 1
@@ -120,7 +121,7 @@ class Replica:
             return
         self.begin = now
         reads = bool(self.unread)
-        reading = self.read() if reads else 0.0
+        reading = self.prefill() if reads else 0.0
         self.rows = self.decoding.bit_length()
         self.span = self.step + max(self.reach.values()) if self.reach else 0
         self.planned = 1 if reads else self.ends[0][0] - self.step
@@ -133,20 +134,25 @@ class Replica:
             self.used |= lowest
             self.unread.append((lowest.bit_length() - 1, 0, self.waiting.popleft()))
 
-    def read(self):
+    def prefill(self):
         """Read prompts piece by piece within the budget, the first ones first; seconds."""
-        left = self.budget
+        budget = self.model.budget
+        whole = min(self.model.piece, budget)
+        prompts = [self.lengths[request % len(self.lengths)][0] for _, _, request in self.unread]
+        if not self.decoding and min(prompts) > 1:  # no stream waits
+            budget = max(budget, self.slots * whole)
+        left = budget
         passes = 0
         rest = deque()
         for slot, position, request in self.unread:
             prompt, wanted = self.lengths[request % len(self.lengths)]
-            piece = min(prompt - position, PIECE, self.budget)
+            piece = min(prompt - 1 - position, whole)  # decode reads the last token
             while 0 < piece <= left:
                 passes += 1
                 left -= piece
                 position += piece
-                piece = min(prompt - position, PIECE, self.budget)
-            if position < prompt:
+                piece = min(prompt - 1 - position, whole)
+            if position < prompt - 1:
                 rest.append((slot, position, request))
                 continue
             self.decoding |= 1 << slot  # a prompt that is read decodes at once
@@ -154,7 +160,7 @@ class Replica:
             heapq.heappush(self.ends, (self.step + wanted + self.model.lag, slot, request))
             self.first.append(request)
         self.unread = rest
-        return passes * self.model.per_pass + (self.budget - left) * self.model.per_token
+        return passes * self.model.per_pass + (budget - left) * self.model.per_token
 
     def duration(self, steps):
         """Seconds of so many steps from here; each looks back one position further."""
@@ -230,18 +236,18 @@ def think_time(mean, seed, index):
     return random.Random(f"think {seed} {index}").expovariate(1 / mean) if mean else 0.0
 
 
-def simulate(model, lengths, users, requests, replicas=1, slots=16, budget=512,
+def simulate(model, lengths, users, requests, replicas=1, slots=16,
              route="least loaded", think=0.0, thinks=None, seed=0):
     """`users` users who think, ask, read the answer and think again, until all is answered: a Run.
 
     lengths: [(prompt tokens, answer tokens)], request i has lengths[i % len]. think: mean seconds,
-    exponential; thinks(i) says instead how long before request i. budget: prompt tokens a step.
+    exponential; thinks(i) says instead how long before request i.
     """
     draw = random.Random(seed)
     if thinks is None:
         def thinks(_):
             return draw.expovariate(1 / think) if think else 0.0
-    servers = [Replica(model, slots, budget, lengths) for _ in range(replicas)]
+    servers = [Replica(model, slots, lengths) for _ in range(replicas)]
     router = Router(route, replicas, random.Random(f"route {seed}"))
     crowd = Crowd(model, servers, router, requests, thinks)
     return crowd.play(users)

@@ -30,21 +30,23 @@ class NotedRunner:
 
     def decode(self, sequences):
         self.rows = max((sequence.slot + 1 for sequence in sequences), default=0)
-        self.span = max((sequence.position for sequence in sequences), default=0)
+        self.span = max((sequence.position + 1 for sequence in sequences), default=0)
         return self.runner.decode(sequences)
 
 
 class NotedEngine(ContinuousEngine):
-    """Adds [rows, span, passes, prompt tokens, seconds] of every step to `log`.
+    """Adds [rows, span, passes, prompt tokens, seconds] of every step to `log["steps"]`.
 
-    A step's time runs from the end of the one before, if there was work: the engine's thread also
-    waits for the lock, and for Python's while the event loop writes to the clients.
+    log: a dict; the engine's budget and piece are noted there, too. A step's time runs from the end
+    of the one before, if there was work: the engine's thread also waits for the lock, and for
+    Python's while the event loop writes to the clients.
     """
 
     def __init__(self, *arguments, log, **named):
         super().__init__(*arguments, **named)
         self.runner = NotedRunner(self.runner)
         self.log = log
+        self.log |= {"budget": self.prefill_budget, "piece": self.piece, "steps": []}
         self.ended = None  # when the step before did; None if there was no work after it
 
     def step(self):
@@ -53,7 +55,7 @@ class NotedEngine(ContinuousEngine):
         noted.begin_step()
         super().step()
         now = time.perf_counter()
-        self.log.append([noted.rows, noted.span, noted.passes, noted.tokens, now - begin])
+        self.log["steps"].append([noted.rows, noted.span, noted.passes, noted.tokens, now - begin])
         self.ended = now if self.running or self.waiting else None
 
 
@@ -122,7 +124,8 @@ def to_json(model):
             "per_key_us": round(1e6 * model.per_key, 5),
             "per_pass_ms": round(1e3 * model.per_pass, 4),
             "per_token_ms": round(1e3 * model.per_token, 5), "lag": model.lag,
-            "overhead_ms": [[n, round(1e3 * seconds, 3)] for n, seconds in model.overhead]}
+            "overhead_ms": [[n, round(1e3 * seconds, 3)] for n, seconds in model.overhead],
+            "budget": model.budget, "piece": model.piece}
 
 
 def from_json(found):
@@ -131,4 +134,5 @@ def from_json(found):
         decode=tuple((rows, ms / 1e3) for rows, ms in found["decode_ms"]),
         per_key=found["per_key_us"] / 1e6, per_pass=found["per_pass_ms"] / 1e3,
         per_token=found["per_token_ms"] / 1e3, lag=found["lag"],
-        overhead=tuple((n, ms / 1e3) for n, ms in found["overhead_ms"]))
+        overhead=tuple((n, ms / 1e3) for n, ms in found["overhead_ms"]),
+        budget=found.get("budget", 512), piece=found.get("piece", 512))

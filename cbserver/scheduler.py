@@ -76,22 +76,26 @@ class ContinuousEngine(Engine):
                 self.take(slot)
 
     def prefill_prompts(self):
-        """Read prompts until this step's budget is used, the first ones first."""
+        """Read prompts until this step's budget is used, the first ones first.
+
+        While no sequence decodes, no stream waits: then there is a piece for every slot.
+        """
         left = self.prefill_budget
+        if not self.decoding():
+            left = max(left, self.slots * self.piece)
         for sequence in self.running:
             left -= self.prefill(sequence, left)
 
     def prefill(self, sequence, left):
         """Read its prompt piece by piece, at most `left` tokens of it; returns how many.
 
-        While no sequence is ready to decode, nobody would wait: then there is no limit. A piece
-        that does not fit any more waits for the next step: it is never cut, so that its size
-        depends on its own prompt only, not on who else is there.
+        A piece that does not fit any more waits for the next step: it is never cut, so that its
+        size depends on its own prompt only, not on who else is there.
         """
         begin = sequence.position
         while sequence.position < sequence.prefill_end:
             end = min(sequence.position + self.piece, sequence.prefill_end)
-            if end - begin > left and self.decoding():
+            if end - begin > left:
                 break
             self.runner.prefill(sequence, end)
         return sequence.position - begin

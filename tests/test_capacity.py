@@ -1,5 +1,7 @@
 """The simulation schedules as the engine does, and the step model is the one that was measured."""
+import functools
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import by_hand, prompt
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from bench import capacity, plan
 from bench.simulate import ROUTES, Replica, StepModel, simulate, think_time
 from bench.steps import NotedEngine, NotedRunner, fit, from_json, to_json
+from cbserver.batch import BatchRunner
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
 from cbserver.sequence import Status
@@ -28,8 +31,16 @@ CPU = StepModel(((1, 0.03), (4, 0.05), (16, 0.12)), 1e-6, 0.01, 0.0008,
 MIX = [(20, 8), (40, 60), (16, 16), (60, 120)]
 
 
-def turns(engine, arrivals, wanted):
-    """[(turn of its first token, of its last)] of a real engine that is stepped once a second."""
+class InPieces(BatchRunner):
+    """A BatchRunner that reads pieces of another size."""
+
+    def __init__(self, *arguments, piece):
+        super().__init__(*arguments)
+        self.piece = piece
+
+
+def steps_of(engine, arrivals, wanted):
+    """[(step of its first token, of its last)] of a real engine that is stepped once a second."""
     sequences = {}
     seen = {}
     tokens_of = {}
@@ -57,19 +68,22 @@ def turns(engine, arrivals, wanted):
 def test_every_token_comes_in_the_same_step_as_in_the_real_engine(tiny, data):
     slots = data.draw(st.integers(1, 5))
     budget = data.draw(st.integers(4, 40))
+    piece = data.draw(st.integers(4, budget))
     wanted = data.draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1,
                                 max_size=12))
     arrivals = data.draw(st.lists(st.integers(0, 20), unique=True, min_size=len(wanted),
                                   max_size=len(wanted)))  # the first of two would start a step
-    engine = by_hand(ContinuousEngine(*tiny, slots=slots, max_len=128, prefill_budget=budget))
-    real = turns(engine, arrivals, wanted)
-    run = simulate(UNIT, wanted, len(wanted), len(wanted), slots=slots, budget=budget,
+    engine = by_hand(ContinuousEngine(*tiny, slots=slots, max_len=128, prefill_budget=budget,
+                                      runner=functools.partial(InPieces, piece=piece)))
+    real = steps_of(engine, arrivals, wanted)
+    model = replace(UNIT, budget=budget, piece=piece)
+    run = simulate(model, wanted, len(wanted), len(wanted), slots=slots,
                    thinks=lambda i: float(arrivals[i]))
     assert [(round(a), round(b)) for a, b in zip(run.first, run.end)] == real
 
 
 def test_many_steps_at_once_take_as_long_as_one_by_one():
-    replica = Replica(CPU, 16, 512, MIX)
+    replica = Replica(CPU, 16, MIX)
     replica.comes(1, 0.0)
     replica.step_ends()
     each = []
@@ -163,13 +177,15 @@ def test_thinking_is_the_same_for_the_real_crowd_and_the_simulated():
 
 
 def test_the_noted_engine_notes_every_step(tiny):
-    log = []
+    log = {}
     engine = by_hand(NotedEngine(*tiny, slots=2, max_len=64, log=log))
     engine.submit(prompt(1, 9), SamplingParams(3, ignore_eos=True))
     for _ in range(3):
         engine.step()
-    assert [step[:4] for step in log] == [[1, 9, 1, 9], [1, 10, 0, 0], [1, 11, 0, 0]]
-    assert isinstance(engine.runner, NotedRunner) and all(step[4] > 0 for step in log)
+    assert [step[:4] for step in log["steps"]] == [[1, 9, 1, 8], [1, 10, 0, 0], [1, 11, 0, 0]]
+    assert isinstance(engine.runner, NotedRunner) and all(
+        step[4] > 0 for step in log["steps"])
+    assert log["budget"] == engine.prefill_budget and log["piece"] == engine.piece
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 from conftest import by_hand, prompt, received
 
 from cbserver.baseline import generate_tokens
-from cbserver.batch import StaticEngine
+from cbserver.batch import BatchRunner, StaticEngine
 from cbserver.model.load import ModelUnavailable, load_model
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
@@ -102,22 +102,56 @@ def test_static_batching_makes_the_next_wait_for_the_longest(tiny):
     assert sequences[2].status is Status.RUNNING
 
 
-def test_a_turn_reads_no_more_prompt_tokens_than_the_budget(tiny, reference):
+def test_while_a_stream_runs_a_step_reads_no_more_prompt_tokens_than_the_budget(tiny, reference):
     engine = by_hand(ContinuousEngine(*tiny, slots=8, prefill_budget=25))
-    lengths = [20, 60, 20]  # the second is longer than the budget: it is read in pieces
+    lengths = [1, 21, 61, 21]  # the third is longer than the budget: it is read in pieces
     sequences = [engine.submit(prompt(i, n), SamplingParams(9, ignore_eos=True))
                  for i, n in enumerate(lengths)]
     read = []
     generated = []
     for _ in range(5):
         engine.step()
-        read.append([min(s.position, n) for s, n in zip(sequences, lengths)])
+        read.append([min(s.position, s.prefill_end) for s in sequences])
         generated.append([len(s.generated_tokens) for s in sequences])
-    assert read == [[20, 0, 0], [20, 25, 0], [20, 50, 0], [20, 60, 0], [20, 60, 20]]
-    assert [g[0] for g in generated] == [1, 2, 3, 4, 5], "a running stream gets one a turn"
-    assert generated[-1] == [5, 2, 1]
+    assert read == [[0, 20, 0, 0], [0, 20, 25, 0], [0, 20, 50, 0], [0, 20, 60, 0], [0, 20, 60, 20]]
+    assert [g[0] for g in generated] == [1, 2, 3, 4, 5], "a running stream gets one a step"
+    assert generated[-1] == [5, 5, 2, 1]
     for i, s in enumerate(sequences):
         assert s.generated_tokens == reference(prompt(i, lengths[i]), 9)[:len(s.generated_tokens)]
+
+
+def test_while_no_stream_runs_a_step_reads_a_piece_for_every_slot(tiny):
+    engine = by_hand(ContinuousEngine(*tiny, slots=4, prefill_budget=25))
+    sequences = [engine.submit(prompt(i, 41), SamplingParams(9, ignore_eos=True)) for i in range(3)]
+    engine.step()
+    assert [s.position for s in sequences] == [41, 41, 0], "4 pieces of 25: 40, 40 and no more"
+    engine.step()
+    assert [s.position for s in sequences] == [42, 42, 25], "now two streams run"
+
+
+@pytest.mark.parametrize("engine_class", [StaticEngine, ContinuousEngine])
+def test_every_token_is_read_once_and_position_says_how_many(engine_class, tiny):
+    class Watched(BatchRunner):
+        def forward(self, tokens, positions, slots, span):
+            for row, slot in enumerate(range(slots.start, slots.stop)):
+                for token, position in zip(tokens[row].tolist(), positions[row].tolist()):
+                    seen.setdefault((slot, position), []).append(token)
+            return super().forward(tokens, positions, slots, span)
+
+    seen = {}
+    engine = by_hand(engine_class(*tiny, slots=2, runner=Watched))
+    engine.piece = 7
+    engine.runner.piece = 7
+    seen.clear()  # of what was tried at load
+    sequences = [engine.submit(prompt(i, n), SamplingParams(6, ignore_eos=True))
+                 for i, n in ((1, 1), (2, 30))]
+    while not all(s.status is Status.FINISHED for s in sequences):
+        engine.step()
+    for s in sequences:
+        tokens = s.prompt_tokens + s.generated_tokens
+        assert s.position == len(tokens) - 1, "all but the newest"
+        for position in range(s.position):
+            assert seen[s.slot, position] == [tokens[position]], "read once, at its own place"
 
 
 @ALL
