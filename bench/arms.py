@@ -171,6 +171,8 @@ def run_engine(case, requests):
     bandwidth = copy_bandwidth(model.device)
     numbers["peak_memory_gb"] = peak_memory(model.device)
     numbers["bandwidth_gb_s"] = bandwidth
+    if case["arm"] not in ("generate", "static"):
+        numbers["prefill_budget"] = engine.prefill_budget
     if case["arm"] != "generate":
         span = min(SPAN, case["max_len"])
         numbers |= time_step(engine.runner, model, case["slots"], span, bandwidth)

@@ -4,7 +4,6 @@
     python -m bench.capacity plan figures/data/capacity-h200.json
 """
 import argparse
-import functools
 import json
 import re
 import statistics
@@ -62,8 +61,13 @@ def serve(arguments):
     """`python -m cbserver`, with an engine that notes its steps; they are in a file at the end."""
     path, *rest = arguments
     log = {}
+
+    class ServingEngine(NotedEngine):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, log=log, **named)
+
     try:
-        cli.main(rest, functools.partial(NotedEngine, log=log))
+        cli.main(rest, ServingEngine)
     finally:
         Path(path).write_text(json.dumps(log), encoding="utf-8")
 
@@ -128,10 +132,12 @@ def send(url, requests, users, thinks=None):
 def check(options, model, folder):
     """The real server and the simulated one, with the same users and requests: yields rows.
 
-    A fresh server for each repeat; every other one takes the loads from the heaviest down.
+    A fresh server for each repeat, with the budget that the calibrated one had; every other one
+    takes the loads from the heaviest down.
     """
     for repeat in range(options.repeats):
-        command = python_module("cbserver", *server_options(options))
+        command = python_module("cbserver", *server_options(options), "--prefill-budget",
+                                model.budget)
         with ServerProcess(command, folder / "server.log") as server:
             warm_up(server.url, options)
             for users in options.users[::-1] if repeat % 2 else options.users:

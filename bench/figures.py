@@ -5,7 +5,7 @@ import statistics
 
 import matplotlib
 
-from bench import busy, ladder, prefix, report, soak
+from bench import busy, ladder, linear, llama_cpp, pairs, prefix, report, soak
 from bench.capacity import validation_table
 from bench.http import event_text, http_figure, http_table
 from bench.invariance import invariance_table
@@ -90,7 +90,7 @@ def comparison(result):
 ENGINE_FILES = {
     "sequence": "a request with its own queue of tokens; the loop that every engine shares",
     "batch": "KV slots, one forward pass for many sequences; static batching",
-    "scheduler": "evict, admit, read prompts, decode, deliver: continuous batching"}
+    "scheduler": "evict, admit, prefill, decode, deliver: continuous batching"}
 
 
 def engine_text():
@@ -114,6 +114,28 @@ def invariance_text():
                       f"{versions}, `{result['command']}`. *Fixed*: all {result['slots']} slots in "
                       "every pass, as the server does it. *Padded*: only the rows in use, padded "
                       "to the next of a few sizes."])
+
+
+def cpu_text():
+    """What a CPU's passes cost, before and after weights were packed, and beside a peer."""
+    ways, compared, peer = (load(name) for name in ("linear-cpu", "pairs-packed-cpu",
+                                                     "llama-cpp-cpu"))
+    said = [linear.table(ways), "",
+            f"All Linear layers of {ways['model']} ({ways['megabytes']} MB in float32) on "
+            f"{ways['hardware']}, {versions_of(ways)}, `{ways['command']}`.", "",
+            pairs.table(compared), "",
+            f"smollm2 on {compared['hardware']}, {versions_of(compared)}, pairs of fresh processes "
+            f"in turn; before is commit {compared['old'][:7]}: `{compared['command']}`.", "",
+            llama_cpp.table(peer), "",
+            f"The same weights on {peer['hardware']}, {versions_of(peer)}, llama.cpp "
+            f"{peer['llama.cpp']}; prompts and outputs of "
+            f"{' and '.join(f'{a} and {b}' for a, b in peer['lengths'])} tokens: "
+            f"`{peer['command']}`."]
+    return "\n".join(said)
+
+
+def versions_of(result):
+    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
 
 
 def busy_text():
@@ -366,6 +388,7 @@ def filled(page, name, text):
 PAGES = {
     "README.md": {"headline": headline_text, "engine": engine_text},
     "docs/benchmarks.md": {"beside": beside_text, "numbers": numbers, "ladder": ladder_text,
+                           "cpu": cpu_text,
                            "http": http_text, "invariance": invariance_text,
                            "prefix": prefix_text, "imitation": imitation_text},
     "docs/load-testing.md": {"guidellm": guidellm_text},

@@ -90,7 +90,7 @@ async def measure_engine(engine, requests, crowd, repeats):
         answers = await beside(engine, requests, crowd, neighbours)
         equal[str(neighbours)] = sum(a == b for a, b in zip(alone, answers))
     found = {"requests": len(requests), "equal": equal}
-    for name, count, at_once in (("alone", 12, 1), ("full", len(crowd), engine.max_batch)):
+    for name, count, at_once in (("alone", 12, 1), ("full", len(crowd), engine.slots)):
         speeds = [await speed(engine, crowd[:count], at_once) for _ in range(repeats)]
         found[f"tokens_per_s_{name}"] = round(statistics.median(speeds), 1)
     await engine.stop()

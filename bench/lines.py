@@ -95,7 +95,7 @@ def engine_lines():
 
 
 # Imports go down: a module may use those of the layers above its own in this list.
-LAYERS = [["model.sampling", "model.attention", "model.random_llama", "metrics"],
+LAYERS = [["model.sampling", "model.attention", "model.linear", "model.random_llama", "metrics"],
           ["model.load", "model.logprobs"], ["baseline", "model.trial"], ["sequence"],
           ["batch", "http.errors", "http.replies", "http.text", "http.tools", "http.tunnel",
            "http.keys"],

@@ -67,13 +67,14 @@ def add_run(row, run):
 
 
 def measure_stall(result, options):
-    """What a long prompt does to running streams, read by the budget and at once."""
+    """What a long prompt does to running streams, read by the budget and in one step."""
     arm = "continuous+graphs+fused+kernel" if options.gpu else "continuous"
     first = next(iter(cases(options)))
-    for name, budget in (("by the budget", options.prefill_budget), ("at once", 8192)):
+    result["stall"] = {}
+    for name, budget in (("by the budget", options.prefill_budget), ("in one step", 8192)):
         print(f"a long prompt, {name}: starting", flush=True)
         run = run_child(first | {"arm": f"stall:{arm}", "prefill_budget": budget})
-        result.setdefault("stall", {})[name] = run
+        result["stall"][name] = run
         print(f"a long prompt, {name}: {run}", flush=True)
         save(result, options)
 

@@ -3,7 +3,8 @@
     python -m bench.pairs --old 01f6ed4 --out figures/latest/pairs.json
 
 offline: the continuous engine without HTTP, tokens/s. http: CPU microseconds an event of the server
-over an engine that costs nothing.
+over an engine that costs nothing. passes: milliseconds of a decode step by rows, and of reading
+prompts. stall: the longest pause of running streams when a prompt of 4,000 tokens arrives, ms.
 """
 import argparse
 import contextlib
@@ -66,7 +67,52 @@ def http(tree, options):
         return json.loads(out.read_text(encoding="utf-8"))["rows"][0]["cpu_us_per_token"]
 
 
-MEASUREMENTS = {"offline": offline, "http": http}
+# Runs in either tree, with what both have. Each row sees 100 keys.
+PASSES = """
+import json, statistics, sys, time
+import cbserver
+from bench.arms import model_of, time_step
+from cbserver.batch import BatchRunner
+from cbserver.sequence import Sequence
+
+model, _ = model_of({"model": sys.argv[1], "dtype": None})
+runner = BatchRunner(model, 32, 1024)
+found = {}
+for rows in (1, 4, 16, 32):
+    found[f"decode {rows} rows"] = time_step(runner, model, rows, 101, 1)["step_ms"]
+for tokens in (64, 128, 512):
+    times = []
+    for _ in range(6):
+        sequence = Sequence([7] * 600, slot=0)
+        begin = time.perf_counter()
+        runner.prefill(sequence, tokens)
+        times.append(1e3 * (time.perf_counter() - begin))
+    found[f"prefill {tokens} tokens"] = round(statistics.median(times[1:]), 2)
+print(json.dumps(found))
+"""
+
+
+def passes(tree, options):
+    """Milliseconds of the plain runner's passes: {name: ms}."""
+    done = subprocess.run([sys.executable, "-c", PASSES, options.model], cwd=tree, check=True,
+                          timeout=LIMIT_S, stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tree)})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def stall(tree, options):
+    """A prompt of 4,000 tokens among 15 streams: their pauses, its first token, in ms."""
+    case = {"arm": "stall:continuous", "model": options.model, "dtype": None, "seed": 0,
+            "workload": "uniform", "longest": 128, "short": None,
+            "vocab": vocabulary(options.model), "prefill_budget": None, "requests": 16}
+    found = json.loads(run_in(tree, "bench.arms", json.dumps(case)).splitlines()[-1])
+    return {name: found[name] for name in ("worst_gap_ms", "usual_gap_ms", "ttft_ms")}
+
+
+UNITS = {"offline": "engine without HTTP, tokens/s", "http": "server's CPU, µs an event",
+         "worst_gap_ms": "longest pause of 15 streams when a prompt of 4,000 tokens arrives, ms",
+         "usual_gap_ms": "their usual pause, ms", "ttft_ms": "that prompt's first token after, ms"}
+MEASUREMENTS = {"offline": offline, "http": http, "passes": passes, "stall": stall}
 
 
 def compare(name, trees, options):
@@ -75,10 +121,37 @@ def compare(name, trees, options):
     for repeat, side in order(["old", "new"], options.pairs):
         runs[side].append(MEASUREMENTS[name](trees[side], options))
         print(f"{name}, pair {repeat + 1}, {side}: {runs[side][-1]}", flush=True)
+    return {"what": MEASUREMENTS[name].__doc__, **runs, "new_by_old": ratio(runs)}
+
+
+def ratio(runs):
+    """new ÷ old of the pairs, median and spread; of each number, where a run has several."""
+    if isinstance(runs["old"][0], dict):
+        return {name: ratio({side: [run[name] for run in runs[side]] for side in runs})
+                for name in runs["old"][0]}
     ratios = sorted(new / old for old, new in zip(runs["old"], runs["new"]))
-    return {"what": MEASUREMENTS[name].__doc__, **runs,
-            "new_by_old": {"median": round(statistics.median(ratios), 4),
-                           "spread": [round(ratios[0], 4), round(ratios[-1], 4)]}}
+    return {"median": round(statistics.median(ratios), 4),
+            "spread": [round(ratios[0], 4), round(ratios[-1], 4)]}
+
+
+def table(result):
+    """Markdown: old, new, and their ratio, for each number that was measured."""
+    lines = ["| | before | now | now ÷ before, median (spread) |", "| --- | ---: | ---: | ---: |"]
+    for name, found in result["measured"].items():
+        if isinstance(found["old"][0], dict):
+            for key, said in found["new_by_old"].items():
+                lines.append(row(UNITS.get(key, f"{key}, ms"), *(
+                    [run[key] for run in found[side]] for side in ("old", "new")), said))
+        else:
+            lines.append(row(UNITS[name], found["old"], found["new"], found["new_by_old"]))
+    return "\n".join(lines)
+
+
+def row(name, old, new, said):
+    """A line of the table: medians of the runs, and what the pairs say."""
+    low, high = said["spread"]
+    return (f"| {name} | {statistics.median(old):,.1f} | {statistics.median(new):,.1f} | "
+            f"{said['median']:.2f} ({low:.2f} to {high:.2f}) |")
 
 
 def main(arguments=None):
@@ -86,7 +159,7 @@ def main(arguments=None):
                                      description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--old", required=True, help="a commit, or the folder of another work tree")
-    add("--measure", default="http,offline", help="of http, offline (both)")
+    add("--measure", default="http,offline", help="of http, offline, passes, stall (the first two)")
     add("--pairs", type=int, default=5, help="how many (5)")
     add("--model", default="smollm2", help="for offline (smollm2)")
     add("--requests", type=int, default=48, help="for offline (48)")

@@ -121,7 +121,7 @@ class Replica:
             return
         self.begin = now
         reads = bool(self.unread)
-        reading = self.read() if reads else 0.0
+        reading = self.prefill() if reads else 0.0
         self.rows = self.decoding.bit_length()
         self.span = self.step + max(self.reach.values()) if self.reach else 0
         self.planned = 1 if reads else self.ends[0][0] - self.step
@@ -134,7 +134,7 @@ class Replica:
             self.used |= lowest
             self.unread.append((lowest.bit_length() - 1, 0, self.waiting.popleft()))
 
-    def read(self):
+    def prefill(self):
         """Read prompts piece by piece within the budget, the first ones first; seconds."""
         budget = self.model.budget
         whole = min(self.model.piece, budget)

@@ -37,10 +37,9 @@ class NotedRunner:
 class NotedEngine(ContinuousEngine):
     """Adds [rows, span, passes, prompt tokens, seconds] of every step to `log["steps"]`.
 
-    log: a dict; its budget and piece are noted there, too.
-
-    A step's time runs from the end of the one before, if there was work: the engine's thread also
-    waits for the lock, and for Python's while the event loop writes to the clients.
+    log: a dict; the engine's budget and piece are noted there, too. A step's time runs from the end
+    of the one before, if there was work: the engine's thread also waits for the lock, and for
+    Python's while the event loop writes to the clients.
     """
 
     def __init__(self, *arguments, log, **named):

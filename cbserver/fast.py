@@ -266,9 +266,8 @@ class FastStep(BatchRunner):
         all_slots = slots <= 64 if invariant is None else invariant
         self.invariant = by_kernel and all_slots
         # The sizes of passes: a prompt's tokens, where later pieces start, rows, keys to look at.
-        piece = self.piece
-        self.widths = sorted({min(width, piece, max_len) for width in WIDTHS})
-        self.starts = range(piece, min(max_len - piece, 15 * piece) + 1, piece)
+        self.widths = sorted({min(width, self.piece, max_len) for width in WIDTHS})
+        self.starts = range(self.piece, min(max_len - self.piece, 15 * self.piece) + 1, self.piece)
         self.counts = [slots] if all_slots else [n for n in ROWS if n < slots] + [slots]
         self.spans = [max_len]
         if not by_kernel:
@@ -276,7 +275,7 @@ class FastStep(BatchRunner):
         # What a recorded pass reads: the same tensors each time. tokens: each slot's last token.
         self.tokens = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.positions = torch.zeros_like(self.tokens)
-        self.prompt = torch.zeros(1, piece, dtype=torch.long, device=self.device)
+        self.prompt = torch.zeros(1, self.piece, dtype=torch.long, device=self.device)
         self.slot = torch.zeros(1, dtype=torch.long, device=self.device)
         self.launched = None  # the pass before
         self.graphs = {}  # (pass, sizes): (graph, what it returns)
@@ -324,15 +323,12 @@ class FastStep(BatchRunner):
         positions = [self.cache.max_len - 1] * count
         for sequence in sequences:
             positions[sequence.slot] = sequence.position
-        self.positions[:count] = upload(positions, self.device)
-        # Whose prompt has just been read decodes its last token; the others' is here already.
-        first = [s for s in sequences if s.position == s.prefill_end]
-        if first:
-            slots = upload([s.slot for s in first], self.device)
-            self.tokens[slots] = upload([s.prompt_tokens[-1] for s in first], self.device)
-        logits = self.run(self.decode_pass, count, span)
-        for sequence in sequences:
+            # What a pass chose is in `tokens` already; a prompt's last token no pass has chosen.
+            if sequence.position == sequence.prefill_end:
+                self.tokens[sequence.slot].fill_(sequence.prompt_tokens[-1])
             sequence.position += 1
+        self.positions[:count] = upload(positions, self.device)
+        logits = self.run(self.decode_pass, count, span)
         resample(self.tokens, logits, sequences, stop_tokens(self.model))
         logprobs = fetch_logprobs(sequences, [s.slot for s in sequences], logits, self.tokens)
         return Launched(sequences, self.tokens, logprobs)

@@ -62,7 +62,7 @@ class PrefixEngine(ContinuousEngine):
     def choose(self, prompt):
         """The past sequence to give up: one whose conversation goes on here, else the oldest.
 
-        A slot whose text is wholly a beginning of this prompt loses nothing when it is taken.
+        It goes on if this prompt begins with all that was read of that one's.
         """
         same = [s for s in self.past if shared(s, prompt) >= shared(s, s.prompt_tokens)]
         return max(same, key=lambda s: shared(s, prompt), default=self.past[0])

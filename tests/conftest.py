@@ -45,6 +45,19 @@ def finished(coroutine):
         return loop.run_until_complete(coroutine)
 
 
+def plant(monkeypatch, owner, name, right, wrong):
+    """Put a bug into a function of a class or module: its source, with one piece replaced."""
+    import inspect
+    import textwrap
+
+    function = getattr(owner, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(right) == 1, f"{right!r} is not once in {name}"
+    names = {}
+    exec(source.replace(right, wrong), inspect.unwrap(function).__globals__, names)
+    monkeypatch.setattr(owner, name, names[name])
+
+
 @contextlib.contextmanager
 def serving(engine, **options):
     """A server of this engine on a free port, for the length of a `with`."""

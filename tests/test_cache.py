@@ -52,5 +52,6 @@ def test_memory_is_taken_as_it_is_used(tiny):
     taken = process.memory_info().rss - before
     assert cache.keys.nbytes + cache.values.nbytes > 500e6
     assert taken < 100e6
-    assert not cache.keys[:, 15, :, 1:-1].any()  # zeros all the same
+    # Zeros all the same; at position 0 the budget was measured.
+    assert not cache.keys[:, 15, :, 1:].any()
     assert torch.any(cache.keys[:, 0])

@@ -1,4 +1,5 @@
 """The simulation schedules as the engine does, and the step model is the one that was measured."""
+import functools
 import json
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from bench import capacity, plan
 from bench.simulate import ROUTES, Replica, StepModel, simulate, think_time
 from bench.steps import NotedEngine, NotedRunner, fit, from_json, to_json
+from cbserver.batch import BatchRunner
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
 from cbserver.sequence import Status
@@ -27,6 +29,14 @@ UNIT = EverySecond((), 0.0, 0.0, 0.0)
 CPU = StepModel(((1, 0.03), (4, 0.05), (16, 0.12)), 1e-6, 0.01, 0.0008,
                 overhead=((1, 0.004), (40, 0.02)))
 MIX = [(20, 8), (40, 60), (16, 16), (60, 120)]
+
+
+class InPieces(BatchRunner):
+    """A BatchRunner that reads pieces of another size."""
+
+    def __init__(self, *arguments, piece):
+        super().__init__(*arguments)
+        self.piece = piece
 
 
 def steps_of(engine, arrivals, wanted):
@@ -58,13 +68,15 @@ def steps_of(engine, arrivals, wanted):
 def test_every_token_comes_in_the_same_step_as_in_the_real_engine(tiny, data):
     slots = data.draw(st.integers(1, 5))
     budget = data.draw(st.integers(4, 40))
+    piece = data.draw(st.integers(4, budget))
     wanted = data.draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1,
                                 max_size=12))
     arrivals = data.draw(st.lists(st.integers(0, 20), unique=True, min_size=len(wanted),
                                   max_size=len(wanted)))  # the first of two would start a step
-    engine = by_hand(ContinuousEngine(*tiny, slots=slots, max_len=128, prefill_budget=budget))
+    engine = by_hand(ContinuousEngine(*tiny, slots=slots, max_len=128, prefill_budget=budget,
+                                      runner=functools.partial(InPieces, piece=piece)))
     real = steps_of(engine, arrivals, wanted)
-    model = replace(UNIT, budget=budget, piece=min(64, budget))
+    model = replace(UNIT, budget=budget, piece=piece)
     run = simulate(model, wanted, len(wanted), len(wanted), slots=slots,
                    thinks=lambda i: float(arrivals[i]))
     assert [(round(a), round(b)) for a, b in zip(run.first, run.end)] == real

@@ -169,6 +169,24 @@ def test_what_would_be_lowered_in_silence_is_refused(args, words, capsys):
     cli.parse(["--engine", "sequential", "--max-batch", "1", "--max-len", "2"])
 
 
+@pytest.mark.parametrize("engine", ["static", "sequential"])
+def test_a_budget_that_an_engine_does_not_have_is_refused(engine, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["--engine", engine, "--prefill-budget", "64"])
+    assert "--prefill-budget needs --engine continuous" in capsys.readouterr().err
+
+
+def test_the_start_says_how_much_a_step_reads_while_answers_stream(capsys):
+    line = "While answers stream, a step reads {} prompt tokens at most."
+    process.build_engine(cli.parse(["--model", "random:tiny", "--prefill-budget", "96"]))
+    assert line.format(96) in capsys.readouterr().out.splitlines()
+    engine = process.build_engine(cli.parse(["--model", "random:tiny"]))
+    assert line.format(engine.prefill_budget) in capsys.readouterr().out.splitlines()
+    assert engine.prefill_budget % engine.runner.piece == 0, "whole pieces"
+    process.build_engine(cli.parse(["--model", "random:tiny", "--engine", "static"]))
+    assert "a step reads" not in capsys.readouterr().out
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="processes for HTTP need Linux or macOS")
 def test_more_processes_for_http_than_cores_are_one_line():
     done = command("cbserver", "--model", "random:huge", "--http-processes", "999",

@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import ROOT, by_hand, prompt
+from conftest import ROOT, by_hand, plant, prompt
 
 from cbserver.baseline import generate_tokens
 from cbserver.fast import FastStep
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
+from cbserver.sequence import Sequence
 
 
 def run(model, tokenizer, count=5, tokens=10, **options):
@@ -57,6 +58,37 @@ def test_one_slot_has_the_fused_pass_too(tiny):
     while engine.running or engine.waiting:
         engine.step()
     assert sequence.generated_tokens == list(generate_tokens(model, prompt(1, 9), sequence.params))
+
+
+def answers(runner, prompts):
+    """Six tokens for each prompt, in a slot each, whatever a former owner has left there."""
+    runner.tokens.fill_(511)  # no prompt here has it
+    sequences = [Sequence(tokens, slot=slot) for slot, tokens in enumerate(prompts)]
+    for sequence in sequences:
+        if sequence.prefill_end > 0:
+            runner.prefill(sequence, sequence.prefill_end)
+    for _ in range(7):
+        for sequence, token in runner.decode(sequences):
+            sequence.generated_tokens.append(token)
+    return [sequence.generated_tokens for sequence in sequences]
+
+
+PROMPTS = [prompt(1, 1), prompt(2, 2), prompt(3, 40)]
+
+
+def test_a_sequences_first_pass_reads_its_prompts_last_token(tiny, reference):
+    found = answers(FastStep(tiny[0], 3, 96), PROMPTS)
+    assert found == [reference(tokens, 6) for tokens in PROMPTS]
+
+
+@pytest.mark.parametrize("bug, wrong", [
+    ("False", {0, 1, 2}), ("0 < sequence.position == sequence.prefill_end", {0}),
+    ("sequence.position == 0", {1, 2}), ("sequence.position >= sequence.prefill_end", {0, 1, 2})])
+def test_a_last_token_forgotten_or_read_twice_shows_in_the_answers(bug, wrong, tiny, reference,
+                                                                   monkeypatch):
+    plant(monkeypatch, FastStep, "launch", "sequence.position == sequence.prefill_end", bug)
+    found = answers(FastStep(tiny[0], 3, 96), PROMPTS)
+    assert wrong == {i for i, tokens in enumerate(PROMPTS) if found[i] != reference(tokens, 6)}
 
 
 KERNEL = """

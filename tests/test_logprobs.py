@@ -55,7 +55,7 @@ def check(sequence, model):
     first = len(sequence.prompt_tokens)
     found = sequence.logprobs
     if params.echo:
-        first = 1  # nothing foretells the first token
+        first = 1  # nothing foretells a prompt's first token
     found = found[:len(tokens) - first]
     assert len(found) == len(tokens) - first
     for at, entry in enumerate(found, first):
@@ -71,20 +71,14 @@ def check(sequence, model):
 @runners
 @pytest.mark.parametrize("engine_class", [ContinuousEngine, StaticEngine])
 def test_they_are_those_of_a_forward_pass_whoever_else_is_served(engine_class, runner, tiny):
-    made = {}
-
-    def shared(model, slots, max_len):
-        if not made:
-            made["one"] = RUNNERS[runner](model, slots, max_len)
-        return made["one"]
+    one = RUNNERS[runner](tiny[0], 3, 96)
 
     @settings(max_examples=15, deadline=None)
-    @given(st.lists(requests, min_size=1, max_size=6), st.sampled_from([512, 6]))
-    def holds(wishes, budget):
-        engine = engine_class(*tiny, slots=3, max_len=96, runner=shared)
-        engine.prefill_budget = budget
-        engine.piece = min(64, budget)
-        engine.runner.piece = min(64, budget)
+    @given(st.lists(requests, min_size=1, max_size=6), st.sampled_from([64, 6]))
+    def holds(wishes, piece):
+        one.piece = piece
+        budget = {} if engine_class is StaticEngine else {"prefill_budget": piece}
+        engine = engine_class(*tiny, slots=3, max_len=96, runner=lambda *sizes: one, **budget)
         for sequence in play(engine, wishes):
             check(sequence, tiny[0])
 

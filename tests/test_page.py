@@ -41,7 +41,7 @@ def test_a_snapshot_tells_prefill_and_decode_apart_and_counts(tiny):
     seen = snapshots(ContinuousEngine(*tiny, slots=2, max_len=64, prefill_budget=8),
                      [(20, 3), (4, 2), (6, 1)])
     assert seen[0]["slots"] == [None, None] and seen[0]["waiting"] == 3 and seen[0]["kv"] == 0
-    assert seen[1]["slots"][0] == [1, 0, 8, 20, 0, 3], "8 of 20 prompt tokens are read"
+    assert seen[1]["slots"][0] == [1, 0, 16, 20, 0, 3], "16 of 20 prompt tokens are read"
     assert seen[1]["waiting"] == 1
     phases = [snapshot["slots"][0][1] for snapshot in seen if snapshot["slots"][0]
               and snapshot["slots"][0][0] == 1]

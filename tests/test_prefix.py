@@ -1,19 +1,18 @@
 """Prefix reuse: what a slot still holds is not read again, and no answer changes by a token."""
+import dataclasses
 import functools
-import itertools
 import json
-import unittest.mock
 
 import pytest
 import torch
-from conftest import by_hand, prompt, received, serving, serving_in_processes
+from conftest import by_hand, plant, prompt, received, serving, serving_in_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exact import ENDS, RUNNERS
 
 from bench.prefix import medians
 from bench.results import DATA, ROOT
-from cbserver import cli, prefix, process
+from cbserver import batch, cli, prefix, process
 from cbserver.batch import BatchRunner
 from cbserver.fast import FastStep
 from cbserver.model.load import load_model
@@ -30,12 +29,14 @@ FAMILIES = [prompt(100 + family, 40) for family in range(3)]  # what prompts beg
 asks = st.fixed_dictionaries({
     "after": st.integers(0, 9),  # steps, since the request before
     "follows": st.none() | st.integers(0, 12),  # a conversation goes on: which answer it follows
+    "again": st.none() | st.integers(1, 90),  # so much of that conversation, and nothing new
     "family": st.integers(0, 2),
     "cut": st.integers(0, 40),  # how much of the family's text it begins with
     "seed": st.integers(0, 5),
     "length": st.integers(1, 12),  # tokens of its own
     "max_tokens": st.integers(1, 12),
     "cancel_after": st.none() | st.none() | st.integers(0, 8),  # steps
+    "cancel_before": st.sampled_from(["evict", "admit", "prefill_prompts", "deliver"]),
 })
 schedules = st.lists(asks, min_size=2, max_size=14)
 
@@ -58,23 +59,39 @@ def tokens_of(ask, sequences):
     own = prompt(ask["seed"], ask["length"])
     if ask["follows"] is not None and sequences:
         earlier = sequences[ask["follows"] % len(sequences)]
-        return [*earlier.prompt_tokens, *earlier.generated_tokens, *own][:80]
+        said = earlier.prompt_tokens + earlier.generated_tokens
+        return (said + own)[:84] if ask["again"] is None else said[:min(ask["again"], 84)]
     return FAMILIES[ask["family"]][:ask["cut"]] + own
 
 
-def check(engine, reference, schedule):
-    """Play a schedule; each answer is what `generate` makes of its prompt. Returns sequences."""
+def check(engine, reference, schedule, after=lambda: None):
+    """Play a schedule; each answer is what `generate` makes of its prompt. Returns sequences.
+
+    after: called after each step.
+    """
     sequences = []
     cancels = []
 
+    def cancelling(name):
+        method = getattr(engine, name)
+
+        def cancel_first(*arguments):
+            for steps, before, sequence in cancels:
+                if engine.steps >= steps and before == name:
+                    engine.abort(sequence)
+            return method(*arguments)
+
+        return cancel_first
+
+    for name in ("evict", "admit", "prefill_prompts", "deliver"):
+        setattr(engine, name, cancelling(name))
+
     def step():
-        for steps, sequence in cancels:
-            if engine.steps >= steps:
-                engine.abort(sequence)
         engine.step()
         engine.steps += 1
         sitting = sorted(s.slot for s in [*engine.running, *engine.past])
         assert sitting == list(range(engine.slots)), "each slot has one owner, past or present"
+        after()
 
     for ask in schedule:
         for _ in range(ask["after"]):
@@ -83,7 +100,8 @@ def check(engine, reference, schedule):
         sequence = engine.submit(tokens, SamplingParams(ask["max_tokens"]))
         sequences.append(sequence)
         if ask["cancel_after"] is not None:
-            cancels.append((engine.steps + ask["cancel_after"], sequence))
+            steps = engine.steps + ask["cancel_after"]
+            cancels.append((steps, ask["cancel_before"], sequence))
     for _ in range(400):
         if not (engine.waiting or engine.running):
             break
@@ -107,6 +125,43 @@ def test_any_schedule_with_shared_beginnings_gives_each_request_its_own_tokens(k
         check(make(tiny, kind, slots, budget), reference, schedule)
 
     holds()
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_what_a_prompt_may_take_over_has_its_own_tokens_keys(kind, tiny, reference):
+    """Also of who was cancelled, and while a pass is under way whose tokens nobody has yet."""
+    @settings(max_examples=25, deadline=None)
+    @given(schedules, st.sampled_from([512, 25, 6]))
+    def holds(schedule, budget):
+        check_keys(make(tiny, kind, budget=budget), reference, schedule)
+
+    holds()
+
+
+def check_keys(engine, reference, schedule):
+    """After each step, what each slot's sequence offers, against the keys of its tokens alone."""
+    seen = []
+
+    def look():
+        for sequence in [*engine.running, *engine.past]:
+            tokens = sequence.prompt_tokens + sequence.generated_tokens
+            # A prompt leaves room for a token of the answer, and reads its last token itself.
+            count = prefix.shared(sequence, tokens[:engine.max_len - 2])
+            keys = engine.runner.cache.keys[:, sequence.slot, :, :count]
+            seen.append((sequence, keys.clone()))
+
+    check(engine, reference, schedule, look)
+    for sequence in {sequence for sequence, keys in seen if keys.numel()}:
+        right = keys_of(engine.model, sequence.prompt_tokens + sequence.generated_tokens)
+        for keys in [keys for owner, keys in seen if owner is sequence]:
+            torch.testing.assert_close(keys, right[:, :, :keys.shape[2]], rtol=1e-4, atol=1e-4)
+
+
+def keys_of(model, tokens):
+    """The keys of these tokens, read by a runner of their own: [layers, kv_heads, tokens, dim]."""
+    alone = BatchRunner(model, 1, 96)
+    alone.prefill(Sequence(tokens, slot=0), len(tokens))
+    return alone.cache.keys[:, 0]
 
 
 def serve(engine, *prompts, max_tokens=8, **params):
@@ -134,12 +189,13 @@ def talk(engine, turns=3, system=SYSTEM):
     return done
 
 
-def test_a_conversation_reads_only_what_is_new(tiny, reference):
-    first, second, third = talk(make(tiny))
+@pytest.mark.parametrize("kind, read", [("plain", 7), ("fast", 8)])
+def test_a_conversation_reads_only_what_is_new(kind, read, tiny, reference):
+    """An answer's last token nobody has read, unless a runner was one pass ahead."""
+    first, second, third = talk(make(tiny, kind))
     assert first.num_cached_tokens == 0
-    # All but the last answer's newest token, which nobody has read yet.
-    assert second.num_cached_tokens == len(first.prompt_tokens) + 7
-    assert third.num_cached_tokens == len(second.prompt_tokens) + 7
+    assert second.num_cached_tokens == len(first.prompt_tokens) + read
+    assert third.num_cached_tokens == len(second.prompt_tokens) + read
     assert third.slot == second.slot == first.slot == 0
     assert third.generated_tokens == reference(third.prompt_tokens, 8)
 
@@ -178,13 +234,15 @@ def test_one_user_alone_stays_in_the_lowest_slot(tiny):
         assert sequence.slot == 0
 
 
-def test_the_same_prompt_again_reads_its_last_token_only(tiny, reference):
-    engine = make(tiny)
-    texts = [prompt(3, 30)] * 2
-    [once] = serve(engine, texts[0])
-    [again] = serve(engine, texts[1])
-    assert again.num_cached_tokens == 29
-    assert again.generated_tokens == once.generated_tokens == reference(texts[0], 8)
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+@pytest.mark.parametrize("length", [1, 2, 30])
+def test_the_same_prompt_again_reads_its_last_token_only(length, kind, tiny, reference):
+    engine = make(tiny, kind)
+    text = prompt(3, length)
+    [once] = serve(engine, text)
+    [again] = serve(engine, text)
+    assert again.num_cached_tokens == length - 1
+    assert again.generated_tokens == once.generated_tokens == reference(text, 8)
 
 
 def test_a_prompt_whose_tokens_are_asked_about_is_read_whole(tiny):
@@ -197,8 +255,15 @@ def test_a_prompt_whose_tokens_are_asked_about_is_read_whole(tiny):
     assert chosen.num_cached_tokens == 29 and len(chosen.logprobs) == 8
 
 
+def decoding(engine):
+    """Somebody who decodes for long: beside it, prompts are read within the budget."""
+    engine.submit(prompt(9, 1), SamplingParams(40, ignore_eos=True))
+    engine.step()
+
+
 def test_who_leaves_before_its_prompt_is_read_leaves_what_it_read(tiny, reference):
-    engine = make(tiny, slots=1, budget=6)
+    engine = make(tiny, slots=2, budget=6)
+    decoding(engine)
     gone = engine.submit(SYSTEM, SamplingParams(8))
     engine.step()
     engine.step()
@@ -221,12 +286,14 @@ def test_who_leaves_before_anything_is_read_costs_nobody_their_conversation(tiny
 
 
 def test_who_comes_again_after_half_its_prompt_was_read_takes_that_half_over(tiny):
-    engine = make(tiny, budget=6)
+    engine = make(tiny, slots=4, budget=6)
+    decoding(engine)
     serve(engine, FAMILIES[0])
     half = engine.submit(FAMILIES[1], SamplingParams(8))
     engine.step()
     engine.step()
     engine.abort(half)
+    assert half.position == 12
     serve(engine, prompt(7, 20))
     serve(engine, FAMILIES[1])
     [again] = serve(engine, FAMILIES[0] + [1])
@@ -236,11 +303,12 @@ def test_who_comes_again_after_half_its_prompt_was_read_takes_that_half_over(tin
 def test_nobody_searches_when_most_of_a_steps_budget_is_spent(tiny):
     engine = make(tiny, budget=8)
     serve(engine, SYSTEM)
-    late = Sequence(SYSTEM + [1], slot=1)
-    engine.prefill(late, left=2)
+    decoding(engine)
+    late = Sequence(SYSTEM + [1, 2], slot=1)
+    assert engine.prefill(late, left=2) == 0
     assert late.num_cached_tokens == 0
-    engine.prefill(late, left=3)
-    assert late.num_cached_tokens == 40 == late.position
+    assert engine.prefill(late, left=3) == 1
+    assert late.num_cached_tokens == 40
 
 
 def test_the_lesson_tells_what_was_measured_on_a_gpu():
@@ -275,15 +343,20 @@ def test_two_past_sequences_of_many_tokens_change_places_whole(tiny):
 
 BUSY = [{"after": (0, 3, 20)[i % 3], "follows": i - 2 if i % 4 == 3 else None, "family": i % 2,
          "cut": 10 + 5 * (i % 7), "seed": i % 5, "length": 1 + 3 * i % 8,
-         "max_tokens": 4 + 3 * i % 9, "cancel_after": None} for i in range(14)]
+         "again": {7: 12, 11: 1}.get(i), "max_tokens": 4 + 3 * i % 9, "cancel_after": None}
+        for i in range(14)]
+# Some leave: while their prompt is read, between a pass and its tokens, after their last token.
+LEAVING = [ask | {"cancel_after": (None, 1, 3, 0)[i % 4],
+                  "cancel_before": ("deliver", "prefill_prompts", "admit")[i % 3]}
+           for i, ask in enumerate(BUSY)]
 
 
-def caught(tiny, reference, engine_class=PrefixEngine, kind=None):
+def caught(tiny, reference, engine_class=PrefixEngine, kind=None, check=check, schedule=BUSY):
     engine = make(tiny, engine_class=engine_class)
     if kind is not None:
         engine.runner = kind(tiny[0], 3, 96)
     try:
-        check(engine, reference, BUSY)
+        check(engine, reference, schedule)
     except AssertionError:
         return True
     return False
@@ -302,13 +375,38 @@ def test_one_token_too_many_is_noticed(tiny, reference, monkeypatch):
     assert caught(tiny, reference)
 
 
-def test_the_newest_tokens_missing_key_is_noticed(tiny, reference, monkeypatch):
-    def of_all_tokens(sequence, text):
-        pairs = zip(sequence.prompt_tokens + sequence.generated_tokens, text)
-        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+def test_tokens_that_nobody_has_read_are_noticed(tiny, reference, monkeypatch):
+    right = prefix.shared
 
-    monkeypatch.setattr(prefix, "shared", of_all_tokens)
+    def all_tokens(sequence, text):
+        return right(dataclasses.replace(sequence, position=96), text)
+
+    monkeypatch.setattr(prefix, "shared", all_tokens)
     assert caught(tiny, reference)
+
+
+@pytest.mark.parametrize("kind", [BatchRunner, PrefixStep])
+def test_a_position_that_is_one_ahead_is_noticed_by_the_keys(kind, tiny, reference, monkeypatch):
+    """An answer hardly shows it, of a runner that has read the newest token as well."""
+    assert not caught(tiny, reference, kind=kind, check=check_keys, schedule=LEAVING)
+    right = prefix.shared
+
+    def one_more(sequence, text):
+        return right(dataclasses.replace(sequence, position=sequence.position + 1), text)
+
+    monkeypatch.setattr(prefix, "shared", one_more)
+    assert caught(tiny, reference, kind=kind, check=check_keys, schedule=LEAVING)
+
+
+@pytest.mark.parametrize("bug", [
+    "0 < sequence.position == sequence.prefill_end",  # forgets prompts of one token
+    "sequence.num_cached_tokens < sequence.prefill_end == sequence.position",  # and all reused
+    "sequence.num_cached_tokens == 0 == sequence.position - sequence.prefill_end", "False"])
+def test_a_prompts_last_token_that_the_fast_step_is_not_told_is_noticed(bug, tiny, reference,
+                                                                        monkeypatch):
+    assert not caught(tiny, reference, kind=PrefixStep)
+    plant(monkeypatch, FastStep, "launch", "sequence.position == sequence.prefill_end", bug)
+    assert caught(tiny, reference, kind=PrefixStep)
 
 
 def test_a_copy_into_the_wrong_slot_is_noticed(tiny, reference):
@@ -433,14 +531,19 @@ def pairs_of(*runners):
 
 @functools.cache
 def long_runners(device, fused):
-    """A plain runner whose slot 0 has read 2,000 tokens, and a PrefixStep of the same model."""
+    """A plain runner whose slot 0 has read 2,000 tokens, and a PrefixStep of the same model.
+
+    Both with a GPU's pieces, on every device.
+    """
     model, _ = load_model("random:tiny", dtype=torch.float32, device=device)
-    plain = BatchRunner(model, 1, 2048)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "piece_size", lambda device: 512)
+        plain = BatchRunner(model, 1, 2048)
+        step = PrefixStep(model, 2, 2048, fused=fused)
     sequence = Sequence(prompt(1, 2000), slot=0)
     for end in (512, 1024, 1536, 2000):
         plain.prefill(sequence, end)
-    with unittest.mock.patch("cbserver.batch.piece_size", lambda device: 512):  # as on a GPU
-        return plain, PrefixStep(model, 2, 2048, fused=fused)
+    return plain, step
 
 
 # The command line

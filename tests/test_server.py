@@ -345,6 +345,14 @@ def test_metrics_count_every_request_once_by_the_names_that_dashboards_know(tiny
                     "num_requests_waiting 0.0", "kv_cache_usage_perc 0.0")
 
 
+def test_metrics_say_how_much_of_prompts_a_step_may_read(tiny, served):
+    with served(ContinuousEngine(*tiny, prefill_budget=96)) as url:
+        metrics_say(url, "prefill_budget_tokens 96.0")
+    with served(StaticEngine(*tiny)) as url:
+        metrics_say(url, "num_requests_running 0.0")
+        assert "prefill_budget" not in httpx.get(f"{url}/metrics").text
+
+
 async def for_ever(message=None):
     await asyncio.Event().wait()
 

@@ -45,7 +45,7 @@ def engine_that_says(tiny, said, template=None):
 
     class Parrot:
         def __init__(self, model, slots, max_len):
-            pass
+            self.piece = 512
 
         def prefill(self, sequence, end):
             sequence.position = end
@@ -53,7 +53,7 @@ def engine_that_says(tiny, said, template=None):
         def decode(self, sequences):
             return [(s, answer[len(s.generated_tokens)]) for s in sequences]
 
-    return ContinuousEngine(model, tokenizer, max_len=2048, runner=Parrot)
+    return ContinuousEngine(model, tokenizer, max_len=2048, runner=Parrot, prefill_budget=512)
 
 
 def chat(url, **body):

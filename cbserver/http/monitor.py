@@ -164,8 +164,8 @@ class Feed:
         return {"time": round(time.monotonic(), 3), "model": self.model_name,
                 "engine": OTHER_NAMES.get(kind, kind), "slots": slots,
                 "waiting": stats.waiting, "steps": stats.steps,
-                "generated": stats.generated_tokens, "ttft_ms": [ttft["p50"], ttft["p99"]],
-                "kv": round(kept / (engine.max_batch * engine.max_len), 4)}
+                "generated": stats.num_generated_tokens, "ttft_ms": [ttft["p50"], ttft["p99"]],
+                "kv": round(kept / (engine.slots * engine.max_len), 4)}
 
     async def latest(self):
         return self.snapshot()

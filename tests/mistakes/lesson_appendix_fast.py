@@ -27,6 +27,13 @@ MISTAKES = [
     ("appendix_fast", "c21", "c16f", ("return earlier.wait() if earlier else []",
                                  "return self.launched.wait() if self.launched else []"),
      "has nothing to return yet", SLOW),
-    ("appendix_fast", "c21", "c16f", ("        if first:\n", "        if not first:\n"),
-     "slot 0:", SLOW),
+    ("appendix_fast", "c21", "c16f", ("if sequence.position == sequence.prefill_end:",
+                                 "if 0 < sequence.position == sequence.prefill_end:"),
+     "slot 0: ", SLOW),  # whose prompt is one token
+    ("appendix_fast", "c21", "c16f", ("if sequence.position == sequence.prefill_end:",
+                                 "if sequence.position == len(sequence.prompt_tokens):"),
+     "Does its first pass read its prompt's last token", SLOW),
+    ("appendix_fast", "c21", "c16f", ("if sequence.position == sequence.prefill_end:",
+                                 "if sequence.position >= sequence.prefill_end:"),
+     "and each later one what was chosen", SLOW),
 ]
