@@ -14,7 +14,7 @@ MISTAKES = [
                             "by_line = first_bytes(lambda response: response.read(1024))"),
      "is something buffering", set()),
     ("05", "d13", "d09", ("statistics.fmean(r.e2e for r in log)",
-                          "statistics.fmean(r.ttft for r in log)"),
+                          "statistics.fmean(r.tpot for r in log)"),
      "E2E does not run from sent to last token", {"d06", "d07"}),
     ("05", "c15", "c13", ("for a, b in zip(self.token_times, self.token_times[1:])",
                           "for a, b in zip([self.start, *self.token_times], self.token_times)"),
