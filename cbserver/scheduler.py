@@ -88,19 +88,20 @@ def measured_budget(runner, slots):
     longest = Sequence([0] * runner.cache.max_len, slot=0)
     last_piece = longest.prefill_end // runner.piece * runner.piece  # the slowest: it sees the most
 
-    def step(pieces):
-        for sequence in decoding:
+    def step(sequences, pieces):
+        for sequence in sequences:
             sequence.position = 0
         begin = time.perf_counter()
         for _ in range(pieces):
             longest.position = max(0, last_piece - runner.piece)
             runner.prefill(longest, min(longest.position + runner.piece, longest.prefill_end))
-        runner.decode(decoding)
+        runner.decode(sequences)
         runner.decode([])  # a runner that is one pass ahead waits here
         return time.perf_counter() - begin
 
-    step(pieces=1)  # a device's first pass is slow
-    times = [(step(pieces=0), step(pieces=2)) for _ in range(2)]
-    alone, with_two = map(min, zip(*times))
-    piece = max((with_two - alone) / 2, 1e-3)
-    return runner.piece * max(1, int(max(alone, 0.05) / piece))
+    step(decoding, 1)  # a device's first pass is slow
+    # Pieces before one row's step: beside many rows' a GPU would read while the CPU prepares them.
+    times = [(step(decoding, 0), step(decoding[:1], 0), step(decoding[:1], 2)) for _ in range(2)]
+    all_rows, one_row, with_two = map(min, zip(*times))
+    piece = max((with_two - one_row) / 2, 1e-3)
+    return runner.piece * max(1, int(max(all_rows, 0.05) / piece))
