@@ -102,7 +102,7 @@ def test_static_batching_makes_the_next_wait_for_the_longest(tiny):
     assert sequences[2].status is Status.RUNNING
 
 
-def test_a_turn_reads_no_more_prompt_tokens_than_the_budget(tiny, reference):
+def test_a_step_reads_no_more_prompt_tokens_than_the_budget_while_another_decodes(tiny, reference):
     engine = by_hand(ContinuousEngine(*tiny, slots=8, prefill_budget=25))
     lengths = [20, 60, 20]  # the second is longer than the budget: it is read in pieces
     sequences = [engine.submit(prompt(i, n), SamplingParams(9, ignore_eos=True))
@@ -114,10 +114,53 @@ def test_a_turn_reads_no_more_prompt_tokens_than_the_budget(tiny, reference):
         read.append([min(s.position, n) for s, n in zip(sequences, lengths)])
         generated.append([len(s.generated_tokens) for s in sequences])
     assert read == [[20, 0, 0], [20, 25, 0], [20, 50, 0], [20, 60, 0], [20, 60, 20]]
-    assert [g[0] for g in generated] == [1, 2, 3, 4, 5], "a running stream gets one a turn"
+    assert [g[0] for g in generated] == [1, 2, 3, 4, 5], "a running stream gets one a step"
     assert generated[-1] == [5, 2, 1]
     for i, s in enumerate(sequences):
         assert s.generated_tokens == reference(prompt(i, lengths[i]), 9)[:len(s.generated_tokens)]
+
+
+def test_while_nobody_decodes_a_step_reads_on_past_the_budget_until_somebody_does(tiny):
+    engine = by_hand(ContinuousEngine(*tiny, slots=2, prefill_budget=25))
+    first, second = (engine.submit(prompt(i, 60), FOREVER) for i in (1, 2))
+    engine.step()
+    assert len(first.generated_tokens) == 1, "59 tokens in three pieces, then the first decode"
+    assert second.position == 0, "from then on somebody would wait"
+
+
+@pytest.mark.parametrize("engine_class", [StaticEngine, ContinuousEngine])
+@pytest.mark.parametrize("length", [1, 2, 5, 14])
+def test_every_token_is_read_once_at_its_own_position(engine_class, length, tiny):
+    engine = by_hand(engine_class(*tiny, slots=1))
+    engine.runner.piece = engine.piece = 4
+    read = []
+    forward = engine.runner.forward
+
+    def note(tokens, positions, slots, span):
+        read.extend(zip(tokens[0].tolist(), positions[0].tolist()))
+        return forward(tokens, positions, slots, span)
+
+    engine.runner.forward = note
+    sequence = engine.submit(prompt(length, length), SamplingParams(3, ignore_eos=True))
+    while sequence.status is not Status.FINISHED:
+        engine.step()
+    tokens = sequence.prompt_tokens + sequence.generated_tokens
+    assert read == [(token, position) for position, token in enumerate(tokens[:-1])]
+    assert sequence.position == len(tokens) - 1, "nobody reads the last token"
+
+
+def test_a_steps_news_goes_to_the_outbox_in_one_call_and_an_end_with_the_last_token(tiny):
+    calls = []
+    engine = ContinuousEngine(*tiny, slots=2)
+    engine.open(calls.append)
+    short, long = (engine.submit(prompt(i, 5), SamplingParams(n, ignore_eos=True))
+                   for i, n in ((1, 1), (2, 2)))
+    for _ in range(3):
+        engine.step()
+    [only] = short.generated_tokens
+    [first, last] = long.generated_tokens
+    assert calls == [[(short, only), (short, None), (long, first)], [(long, last), (long, None)]]
+    assert short.queue.empty() and long.queue.empty(), "they went to the outbox alone"
 
 
 @ALL

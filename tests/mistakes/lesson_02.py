@@ -23,7 +23,7 @@ MISTAKES = [
                           "            self.lock.notify()\n",
                           "            self.waiting.append(sequence)\n"),
      "submit must notify the lock", set()),
-    ("02", "q4c", "c13", ("self.loop.call_soon_threadsafe(put_all, news)", "put_all(news)"),
+    ("02", "q4c", "c13", ("loop.call_soon_threadsafe(put_all, news)", "put_all(news)"),
      "go through call_soon_threadsafe", set()),
     ("02", "q4c", "c13", ("                    news.append((sequence, None))\n",
                           "                    pass\n"), "the stream never ended", set()),
