@@ -1,6 +1,7 @@
 """A learner's live edits: what the hook notes and writes is what nbdev would, or it is refused."""
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -120,7 +121,7 @@ def test_a_cell_that_ran_twice_counts_as_it_ran_last_and_a_failure_not_at_all(co
     seen.note(ran(source.format("third"), success=False))
     assert "this cell failed" in capsys.readouterr().out
     text = live.merge(module(course, seen), seen.cells)
-    assert "may_change = second" in text and "first" not in text and "third" not in text
+    assert re.findall("may_change = .*", text) == ["may_change = second"]
 
 
 @pytest.mark.parametrize("edit, reason", [
@@ -172,8 +173,9 @@ cell("#| default_exp scheduler")
 cell("from cbserver.sequence import Engine")
 cell('''#| export
 class ContinuousEngine(Engine):
-    def __init__(self, model, tokenizer, *limits):
+    def __init__(self, model, tokenizer, *limits, prefill_budget=None):
         super().__init__(model, tokenizer, *limits[:3])
+        self.prefill_budget = prefill_budget
 
     def submit(self, *request):
         from cbserver.sequence import QueueFull
