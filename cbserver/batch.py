@@ -16,7 +16,6 @@ from .model.trial import check_served
 from .sequence import Engine, Status
 
 
-
 def piece_size(device):
     """Prompt tokens that one pass reads, at most. More in a pass would be no faster a token."""
     return 512 if device.type == "cuda" else 64

@@ -6,7 +6,7 @@ import pytest
 from conftest import by_hand, prompt, received
 
 from cbserver.baseline import generate_tokens
-from cbserver.batch import BatchRunner, StaticEngine
+from cbserver.batch import StaticEngine
 from cbserver.model.load import ModelUnavailable, load_model
 from cbserver.model.sampling import SamplingParams
 from cbserver.scheduler import ContinuousEngine
@@ -130,28 +130,38 @@ def test_while_no_stream_runs_a_step_reads_a_piece_for_every_slot(tiny):
 
 
 @pytest.mark.parametrize("engine_class", [StaticEngine, ContinuousEngine])
-def test_every_token_is_read_once_and_position_says_how_many(engine_class, tiny):
-    class Watched(BatchRunner):
-        def forward(self, tokens, positions, slots, span):
-            for row, slot in enumerate(range(slots.start, slots.stop)):
-                for token, position in zip(tokens[row].tolist(), positions[row].tolist()):
-                    seen.setdefault((slot, position), []).append(token)
-            return super().forward(tokens, positions, slots, span)
+@pytest.mark.parametrize("length", [1, 2, 5, 14])
+def test_every_token_is_read_once_at_its_own_position(engine_class, length, tiny):
+    engine = by_hand(engine_class(*tiny, slots=1))
+    engine.runner.piece = engine.piece = 4
+    read = []
+    forward = engine.runner.forward
 
-    seen = {}
-    engine = by_hand(engine_class(*tiny, slots=2, runner=Watched))
-    engine.piece = 7
-    engine.runner.piece = 7
-    seen.clear()  # of what was tried at load
-    sequences = [engine.submit(prompt(i, n), SamplingParams(6, ignore_eos=True))
-                 for i, n in ((1, 1), (2, 30))]
-    while not all(s.status is Status.FINISHED for s in sequences):
+    def note(tokens, positions, slots, span):
+        read.extend(zip(tokens[0].tolist(), positions[0].tolist()))
+        return forward(tokens, positions, slots, span)
+
+    engine.runner.forward = note
+    sequence = engine.submit(prompt(length, length), SamplingParams(3, ignore_eos=True))
+    while sequence.status is not Status.FINISHED:
         engine.step()
-    for s in sequences:
-        tokens = s.prompt_tokens + s.generated_tokens
-        assert s.position == len(tokens) - 1, "all but the newest"
-        for position in range(s.position):
-            assert seen[s.slot, position] == [tokens[position]], "read once, at its own place"
+    tokens = sequence.prompt_tokens + sequence.generated_tokens
+    assert read == [(token, position) for position, token in enumerate(tokens[:-1])]
+    assert sequence.position == len(tokens) - 1, "nobody reads the last token"
+
+
+def test_a_steps_news_goes_to_the_outbox_in_one_call_and_an_end_with_the_last_token(tiny):
+    calls = []
+    engine = ContinuousEngine(*tiny, slots=2)
+    engine.open(calls.append)
+    short, long = (engine.submit(prompt(i, 5), SamplingParams(n, ignore_eos=True))
+                   for i, n in ((1, 1), (2, 2)))
+    for _ in range(3):
+        engine.step()
+    [only] = short.generated_tokens
+    [first, last] = long.generated_tokens
+    assert calls == [[(short, only), (short, None), (long, first)], [(long, last), (long, None)]]
+    assert short.queue.empty() and long.queue.empty(), "they went to the outbox alone"
 
 
 @ALL
