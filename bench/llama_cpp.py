@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.results import command_line, hardware, versions, write_json
@@ -29,7 +30,8 @@ async def ours(streams, lengths):
     from cbserver.scheduler import ContinuousEngine
 
     model, tokenizer = model_of({"model": "smollm2", "dtype": None})
-    engine = ContinuousEngine(model, tokenizer, streams, 512)
+    with ThreadPoolExecutor(1) as thread:  # as in the server: one team of OpenMP workers, no more
+        engine = thread.submit(ContinuousEngine, model, tokenizer, streams, 512).result()
     await engine.start()
     speeds = []
     for prompt, output in [(16, 8), *lengths]:

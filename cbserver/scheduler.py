@@ -79,29 +79,31 @@ class ContinuousEngine(Engine):
 
 # %% ../notebooks/04_continuous_batching.ipynb #c16a
 def measured_budget(runner, slots):
-    """Prompt tokens of a step: as many whole pieces as the device reads while it decodes once.
+    """Prompt tokens of a step: whole pieces, for about as long as the device decodes once.
 
-    Or in 50 ms, if that is longer, which nobody sees; and one piece at least. It is tried in the
-    slots before anybody owns them: what it writes there stays hidden, as a former owner's keys do.
+    Or for 50 ms if that is longer, which nobody sees; and one piece at least. Short prompts cost
+    the most a token, so it is timed with those, in slots that nobody owns yet: what it writes there
+    stays hidden, as a former owner's keys do.
     """
     decoding = [Sequence([0], slot=slot) for slot in range(slots)]
-    longest = Sequence([0] * runner.cache.max_len, slot=0)
-    last_piece = longest.prefill_end // runner.piece * runner.piece  # the slowest: it sees the most
+    tokens = min(runner.piece // 4, runner.cache.max_len - 1)
+    prompt = Sequence([0] * (tokens + 1), slot=0)
 
-    def step(sequences, pieces):
+    def step(sequences, prompts):
         for sequence in sequences:
             sequence.position = 0
         begin = time.perf_counter()
-        for _ in range(pieces):
-            longest.position = max(0, last_piece - runner.piece)
-            runner.prefill(longest, min(longest.position + runner.piece, longest.prefill_end))
+        for _ in range(prompts):
+            prompt.position = 0
+            runner.prefill(prompt, tokens)
         runner.decode(sequences)
         runner.decode([])  # a runner that is one pass ahead waits here
         return time.perf_counter() - begin
 
     step(decoding, 1)  # a device's first pass is slow
-    # Pieces before one row's step: beside many rows' a GPU would read while the CPU prepares them.
-    times = [(step(decoding, 0), step(decoding[:1], 0), step(decoding[:1], 2)) for _ in range(2)]
-    all_rows, one_row, with_two = map(min, zip(*times))
-    piece = max((with_two - one_row) / 2, 1e-3)
-    return runner.piece * max(1, int(max(all_rows, 0.05) / piece))
+    # Prompts before one row's step: beside many rows' a GPU would read while the CPU prepares them.
+    times = [(step(decoding, 0), step(decoding[:1], 0), step(decoding[:1], 4)) for _ in range(2)]
+    all_rows, one_row, with_four = map(min, zip(*times))
+    one_prompt = max((with_four - one_row) / 4, 1e-4)
+    affordable = tokens * int(max(all_rows, 0.05) / one_prompt)
+    return runner.piece * max(1, affordable // runner.piece)
