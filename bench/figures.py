@@ -118,14 +118,15 @@ def invariance_text():
 
 def cpu_text():
     """What a CPU's passes cost, before and after weights were packed, and beside a peer."""
-    ways, compared, peer = (load(name) for name in ("linear-cpu", "pairs-packed-cpu",
-                                                     "llama-cpp-cpu"))
+    ways, compared, paused, peer = (load(name) for name in (
+        "linear-cpu", "pairs-packed-cpu", "pairs-stall-cpu", "llama-cpp-cpu"))
     said = [linear.table(ways), "",
             f"All Linear layers of {ways['model']} ({ways['megabytes']} MB in float32) on "
             f"{ways['hardware']}, {versions_of(ways)}, `{ways['command']}`.", "",
             pairs.table(compared), "",
             f"smollm2 on {compared['hardware']}, {versions_of(compared)}, pairs of fresh processes "
             f"in turn; before is commit {compared['old'][:7]}: `{compared['command']}`.", "",
+            pairs.table(paused), "", f"The same, `{paused['command']}`.", "",
             llama_cpp.table(peer), "",
             f"The same weights on {peer['hardware']}, {versions_of(peer)}, llama.cpp "
             f"{peer['llama.cpp']}; prompts and outputs of "

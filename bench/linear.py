@@ -58,9 +58,9 @@ def measure(options):
                     for i, weight in enumerate(weights):
                         way(i, inputs[weight.shape[1]])
                     times[name].append(1e3 * (time.perf_counter() - begin))
-            rows_of[rows] = {name: round(statistics.median(found[1:]), 1)
+            rows_of[str(rows)] = {name: round(statistics.median(found[1:]), 1)
                              for name, found in times.items()}  # the first round warms up
-            print(f"{rows} rows: {json.dumps(rows_of[rows])}", flush=True)
+            print(f"{rows} rows: {json.dumps(rows_of[str(rows)])}", flush=True)
     return {"command": options.command, "hardware": hardware(), "model": options.model,
             "versions": versions("torch", "transformers"), "threads": torch.get_num_threads(),
             "date": datetime.date.today().isoformat(), "megabytes": round(

@@ -56,8 +56,11 @@ def grouped_attention(module, query, keys, values, attention_mask, scaling=None,
     """
     if scaling is None:
         scaling = query.shape[3] ** -0.5
-    decodes = attention_mask is not None and query.shape[2] == 1
-    attend = attend_packed if decodes else attend_expanded
+    masked = attention_mask is not None
+    if masked and not query.is_cuda:
+        attend = attend_off_gpu
+    else:
+        attend = attend_packed if masked and query.shape[2] == 1 else attend_expanded
     out = attend(query, keys, values, attention_mask, scaling)  # as query
     return out.transpose(1, 2), None
 
@@ -66,13 +69,19 @@ def attend_packed(query, keys, values, mask, scaling):
     """One new token a row: the query heads that share a key head are rows of one product."""
     kv_heads = keys.shape[1]
     packed = query.view(len(query), kv_heads, -1, query.shape[3])  # [rows, kv_heads, group, dim]
-    if not query.is_cuda:  # torch's fused attention: the fewest operations
-        mixed = F.scaled_dot_product_attention(packed, keys, values, mask, scale=scaling)
-        return mixed.view(query.shape)
     scores = products(packed * scaling, keys)  # [rows, kv_heads, group, span]
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(-1).to(values.dtype)
     return (weights @ values).view(query.shape)
+
+
+def attend_off_gpu(query, keys, values, mask, scaling):
+    """torch's fused attention. Heads that share a key head are rows of it: no key is copied."""
+    group = query.shape[1] // keys.shape[1]
+    packed = query.unflatten(1, (-1, group)).flatten(2, 3)  # [rows, kv_heads, group x new, dim]
+    mask = mask.repeat(1, 1, group, 1)  # [rows, 1, group x new, span]
+    mixed = F.scaled_dot_product_attention(packed, keys, values, mask, scale=scaling)
+    return mixed.unflatten(2, (group, -1)).flatten(1, 2)  # as query
 
 
 def products(query, keys):
