@@ -80,7 +80,7 @@ def measure(options):
             for arm, model in list(arms.items())[::-1 if repeat % 2 else 1]:
                 speeds = (run_theirs(options.binary, model, streams, lengths) if model
                           else run_ours(streams, lengths))
-                result["rows"].append({"arm": arm, "streams": streams, "tokens_per_s": speeds})
+                result["rows"].append({"engine": arm, "streams": streams, "tokens_per_s": speeds})
                 print(f"{streams} streams, {arm}: {speeds}", flush=True)
                 write_json(result, options.out)
     return result
@@ -90,7 +90,7 @@ def medians(result):
     """{arm: {streams: tokens/s}}: of each length the median of the repeats, then their mean."""
     found = {}
     for row in result["rows"]:
-        found.setdefault(row["arm"], {}).setdefault(row["streams"], []).append(row["tokens_per_s"])
+        found.setdefault(row["engine"], {}).setdefault(row["streams"], []).append(row["tokens_per_s"])
     return {arm: {streams: statistics.fmean(map(statistics.median, zip(*runs)))
                   for streams, runs in by_streams.items()} for arm, by_streams in found.items()}
 
