@@ -90,7 +90,8 @@ def medians(result):
     """{arm: {streams: tokens/s}}: of each length the median of the repeats, then their mean."""
     found = {}
     for row in result["rows"]:
-        found.setdefault(row["engine"], {}).setdefault(row["streams"], []).append(row["tokens_per_s"])
+        by_streams = found.setdefault(row["engine"], {})
+        by_streams.setdefault(row["streams"], []).append(row["tokens_per_s"])
     return {arm: {streams: statistics.fmean(map(statistics.median, zip(*runs)))
                   for streams, runs in by_streams.items()} for arm, by_streams in found.items()}
 
