@@ -18,6 +18,7 @@ from cbserver.model.random_llama import byte_tokenizer
 from cbserver.model.sampling import SamplingParams
 from cbserver.process import DrainingServer
 from cbserver.scheduler import ContinuousEngine
+from cbserver.sequence import queues_of
 from cbserver.server import create_app
 from load.process import ServerProcess, proxy_of, python_module
 
@@ -125,7 +126,7 @@ def test_a_burst_of_viewers_gets_no_more_places_than_there_are(url):
 def test_an_engine_whose_event_loop_is_closed_says_nothing(tiny):
     loop = asyncio.new_event_loop()
     engine = ContinuousEngine(*tiny)
-    engine.open(loop)
+    engine.open(queues_of(loop))
     engine.submit(prompt(1, 5), SamplingParams(4))
     loop.close()
     engine.step()
