@@ -62,7 +62,7 @@ def grouped_attention(module, query, keys, values, attention_mask, scaling=None,
     else:
         attend = attend_packed if masked and query.shape[2] == 1 else attend_expanded
     out = attend(query, keys, values, attention_mask, scaling)  # as query
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # some models take a view of it
 
 
 def attend_packed(query, keys, values, mask, scaling):
