@@ -17,7 +17,7 @@ from .sequence import Engine, Status
 
 
 def piece_size(device):
-    """Prompt tokens that one pass reads, at most. More in a pass would be no faster a token."""
+    """Prompt tokens that one pass reads, at most. On a CPU streams would wait too long for more."""
     return 512 if device.type == "cuda" else 64
 
 # %% ../notebooks/03_padded_batch_step.ipynb #c20
